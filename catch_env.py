@@ -11,7 +11,7 @@ dynamics are those of the authors' code (paintception/upside_down_rl, experiment
 | id       | what changes                                                                      | random | optimal |
 |----------|-----------------------------------------------------------------------------------|--------|---------|
 | Catch-v0 | paddle of 5 cells, ball and paddle white on black                                 | 0.247  | 0.973   |
-| Catch-v1 | paddle of 2 cells (authors' code and transfer table: "v4"), one decision fewer    | 0.150  | 0.898   |
+| Catch-v1 | paddle of 2 cells (authors' code and transfer table: "v4"), one decision fewer    | 0.148  | 0.898   |
 | Catch-v2 | random background, drawn anew each episode; the ball leaves a dark trail          | 0.247  | 0.973   |
 | Catch-v3 | the picture is mirrored top to bottom: the ball rises                             | 0.247  | 0.973   |
 | Catch-v4 | five balls in a row: a miss ends the episode with reward 0, the fifth catch with 1 | 0.001  | 0.878   |

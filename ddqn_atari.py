@@ -71,7 +71,7 @@ class Args:
     double: bool = True
     """Double DQN; `--no-double` is DQN"""
     total_timesteps: Optional[int] = None
-    """agent steps in all, each of 4 frames on the ALE (None: 10,000,000 on the ALE, 100,000 elsewhere)"""
+    """agent steps in all, each of 4 frames on the ALE (None: 10,000,000 on the ALE, 40,000 elsewhere)"""
     learning_rate: float = 2.5e-4
     """the learning rate of the optimizer"""
     optimizer: Optional[Literal["rmsprop", "adam"]] = None
@@ -127,7 +127,7 @@ class Args:
 # flag: (papers' value for the ALE, value for Catch and other small games)
 KIND_DEFAULTS = {
     "optimizer": ("rmsprop", "adam"),
-    "total_timesteps": (10_000_000, 100_000),
+    "total_timesteps": (10_000_000, 40_000),
     "target_network_frequency": (10_000, 500),
     "learning_starts": (50_000, 5_000),
     "eval_frequency": (250_000, 5_000),
@@ -346,14 +346,13 @@ def linear_schedule(start_e: float, end_e: float, duration: float, t: int) -> fl
 
 
 @torch.no_grad()
-def evaluate(args: Args, network, device, seed: int, gif: Optional[str] = None, stopped: Callable = lambda: False):
-    """Play `eval_episodes` full games, each environment a fixed share of them, and return the scalars to log.
+def evaluate(args: Args, envs, network, device, seed: int, gif: Optional[str], stopped: Callable[[], bool]):
+    """Play `eval_episodes` full games, each of `envs` a fixed share of them, and return the scalars to log.
 
     Values are compared on equal terms: `max_q` and `discounted_return` (the discounted return-to-go) are means over
     all visited states, with rewards clipped and cut where training cuts. Returns None if `stopped()` before the end.
     """
-    num_envs = min(args.eval_episodes, 16)
-    envs, rng = make_envs(args, num_envs), np.random.default_rng(seed)
+    num_envs, rng = envs.num_envs, np.random.default_rng(seed)
     obs, infos = envs.reset(seed=seed)
     stacks = torch.zeros((num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
     over, lives = np.zeros(num_envs, bool), infos.get("lives")
@@ -524,7 +523,8 @@ if __name__ == "__main__":
     if args.evaluate:
         copy_layers(q_network, checkpoint["q_network"], list(q_network.state_dict()), args.evaluate)
         gif = os.path.splitext(args.evaluate)[0] + ".gif" if args.capture_video else None
-        result = evaluate(args, q_network, device, seed_for(1), gif, lambda: bool(signals))
+        eval_envs = make_envs(args, min(args.eval_episodes, 16))
+        result = evaluate(args, eval_envs, q_network, device, seed_for(1), gif, lambda: bool(signals))
         if result is None:
             sys.exit(128 + signals[0])
         mean, std = result.pop("episodic_return"), result.pop("episodic_return_std")
@@ -653,14 +653,16 @@ if __name__ == "__main__":
         writer.flush()
 
     # TRY NOT TO MODIFY: start the game
-    recent, saved_at, last_line = deque(maxlen=20), global_step, 0.0
+    recent, saved_at, last_line, eval_envs = deque(maxlen=20), global_step, 0.0, None
     window_start, window_step = time.perf_counter(), global_step
     while True:
         paused, every = time.perf_counter(), args.eval_frequency
         finished = global_step >= args.total_timesteps
         if finished and evaluated_at < global_step or every and global_step // every > evaluated_at // every:
             gif = os.path.join(run_dir, f"eval_{global_step}.gif") if args.capture_video else None
-            result = evaluate(args, q_network, device, seed_for(1, global_step), gif, lambda: bool(signals))
+            eval_envs = eval_envs or make_envs(args, min(args.eval_episodes, 16))
+            seed = seed_for(1, global_step)  # of its own: training is the same with and without evaluations
+            result = evaluate(args, eval_envs, q_network, device, seed, gif, lambda: bool(signals))
             if result is not None:
                 evaluated_at = global_step
                 for name, value in result.items():

@@ -1,0 +1,50 @@
+"""Helpers of the tests: run a script as a user does, read its event file, and small environments made for the tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # two OpenMP threads beside ALE's own threads collapse on a busy machine
+
+import gymnasium as gym  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+gym.logger.min_level = gym.logger.WARN
+torch.set_num_threads(1)
+
+
+def run(script, *args, cwd, check=True, timeout=300):
+    """Run `python script args` in `cwd` and return the completed process with text output."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=timeout)
+    if check and done.returncode:
+        raise AssertionError(f"{script} {args} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def scalars(run_dir, leave_out=("charts/SPS",)):
+    """{tag: [(step, value), ...]} of the event files in `run_dir`, without the tags that measure time."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag not in leave_out]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def only_run(logdir):
+    """The one run folder below `logdir`."""
+    (folder,) = Path(logdir).iterdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_flags():
+    """Flags of a run of a few seconds on the toy game of `toy_env.py`."""
+    flags = "--env-id toy_env:Toy-v0 --num-envs 4 --buffer-size 2000 --learning-starts 200 --train-frequency 8"
+    flags += " --total-timesteps 1200 --target-network-frequency 350 --eval-frequency 500 --eval-episodes 8"
+    return (flags + " --checkpoint-frequency 500").split()

@@ -1,0 +1,263 @@
+"""catch_env.py against an independent, literal transcription of its specification."""
+
+import itertools
+import subprocess
+import sys
+import warnings
+from fractions import Fraction
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import ROOT, run
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+from PIL import Image
+
+import catch_env
+
+IDS = [f"Catch-v{version}" for version in range(5)]
+VISIBLE = {"Catch-v1": (-1, 0)}  # paddle cells relative to its position, where not -2..2
+LAST_ROW = {"Catch-v1": 15}
+REACH = {"Catch-v1": 1}
+
+
+def move(x, vx):
+    """One step of the ball, as papers.md 2.4 words it."""
+    x += vx
+    if x > 20:
+        x, vx = 40 - x, -vx
+    elif x < 0:
+        x, vx = -x, -vx
+    return x, vx
+
+
+def paddle(p, action):
+    return p - 2 if action == 0 and p > 3 else p + 2 if action == 1 and p < 17 else p
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_conforms_to_gymnasium_and_makes_no_noise(env_id):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = gym.make(f"catch_env:{env_id}")
+        check_env(env.unwrapped)
+        envs = gym.make_vec(f"catch_env:{env_id}", num_envs=3)
+    assert isinstance(envs, catch_env.CatchVectorEnv)
+    assert envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
+
+
+def test_no_out_of_date_warning_reaches_the_user(tmp_path):
+    code = "import gymnasium as gym; gym.make('catch_env:Catch-v0'); gym.make_vec('catch_env:Catch-v3', num_envs=2)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
+    assert "out of date" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_dynamics_and_pixels_follow_the_specification(env_id):
+    env = gym.make(f"catch_env:{env_id}").unwrapped
+    rng = np.random.default_rng(0)
+    cells = VISIBLE.get(env_id, (-2, -1, 0, 1, 2))
+    noisy, ink = env_id == "Catch-v2", 51 if env_id == "Catch-v2" else 255
+    starts = set()
+    for episode in range(120):
+        obs, info = env.reset(seed=episode)
+        games = env.games
+        p, x, y, vx = int(games.p[0]), int(games.x[0]), int(games.y[0]), int(games.vx[0])
+        starts.add((p, vx))
+        assert 2 <= p <= 18 and -2 <= vx <= 2 and y == 5 and not obs[:3].any()
+        assert info == {"caught": 0, "balls": 0}
+        stack, grid = [np.zeros((21, 21), int)] * 3, None
+        caught = 0
+        while True:
+            if grid is None:  # the first frame: the background is drawn by chance, everything else is prescribed
+                shown = obs[3, ::4, ::4].astype(int)
+                grid = shown[::-1].copy() if env_id == "Catch-v3" else shown.copy()
+                if noisy:
+                    rest = np.delete(grid, 16, axis=0)
+                    outside = np.ones_like(rest, bool)
+                    outside[5, x] = False
+                    assert set(np.unique(rest[outside])) <= {0, 102, 153, 204, 255}
+                    assert (grid[4] == 0).sum() == 1  # the trail: where the ball was before reset's no-op
+                else:
+                    assert grid.sum() == ink * (1 + len(cells))
+            row = set(grid[16, [c for c in range(21) if c - p not in cells]])
+            assert row <= ({102, 153, 204, 255} if noisy else {0}) and len(row) == 1
+            assert (grid[16, [p + c for c in cells]] == ink).all()
+            if y != 16:
+                assert grid[y, x] == ink
+            picture = grid[::-1] if env_id == "Catch-v3" else grid
+            stack = [*stack[-3:], picture.copy()]
+            assert obs.dtype == np.uint8
+            assert (obs == np.kron(np.stack(stack), np.ones((1, 4, 4), int))).all()
+
+            action = int(rng.integers(3))
+            obs, reward, terminated, truncated, info = env.step(action)
+            p = paddle(p, action)
+            grid[y, x] = 0
+            (x, vx), y = move(x, vx), y + 1
+            grid[y, x] = ink
+            shown = obs[3, ::4, ::4]
+            grid[16] = (shown[::-1] if env_id == "Catch-v3" else shown)[16]
+            landed = y == LAST_ROW.get(env_id, 16)
+            caught += landed and abs(x - p) <= REACH.get(env_id, 2)
+            assert info["caught"] == caught and not truncated
+            won = caught == (5 if env_id == "Catch-v4" else 1)
+            missed = landed and caught < info["balls"]
+            assert terminated == (won or missed) and reward == float(won)
+            if terminated:
+                break
+            if landed:  # Catch-v4: a new ball starts like the first, no-op included
+                assert env_id == "Catch-v4"
+                x, y, vx = int(games.x[0]), int(games.y[0]), int(games.vx[0])
+                assert y == 5
+                grid[y, x] = ink
+    assert len(starts) > 60  # of 17 * 5
+
+
+@pytest.mark.parametrize("env_id", IDS)
+@pytest.mark.parametrize("mode", ["vector_entry_point", "sync"])
+def test_every_row_of_the_vector_environment_plays_like_a_single_one(env_id, mode):
+    envs = gym.make_vec(f"catch_env:{env_id}", num_envs=5, vectorization_mode=mode)
+    singles = [gym.make(f"catch_env:{env_id}") for _ in range(5)]
+    rng = np.random.default_rng(1)
+    observations, infos = envs.reset(seed=7)
+    for i, env in enumerate(singles):
+        obs, _ = env.reset(seed=7 + i)
+        assert (observations[i] == obs).all()
+    over = np.zeros(5, bool)
+    for _ in range(200):
+        actions = rng.integers(3, size=5)
+        observations, rewards, terminations, truncations, infos = envs.step(actions)
+        for i, env in enumerate(singles):
+            if over[i]:
+                (obs, info), reward, terminated = env.reset(), 0.0, False
+            else:
+                obs, reward, terminated, _, info = env.step(int(actions[i]))
+            assert (observations[i] == obs).all()
+            assert (rewards[i], terminations[i], truncations[i]) == (reward, terminated, False)
+            assert (infos["caught"][i], infos["balls"][i]) == (info["caught"], info["balls"])
+        over = terminations.copy()
+    assert envs.step(actions)[0].base is None or not np.shares_memory(observations, envs.step(actions)[0])
+
+
+def ceilings(last_row, reach):
+    """Exact mean reward of random and of optimal play on one ball, over all starts, by dynamic programming."""
+    total_random, total_best, starts = Fraction(0), Fraction(0), list(itertools.product(range(2, 19), range(-2, 3), range(21)))
+    for p, vx, x in starts:
+        for _ in range(4, last_row):
+            x, vx = move(x, vx)
+        chance, reachable = {p: Fraction(1)}, {p}
+        for _ in range(5, last_row):
+            after = {}
+            for position, probability in chance.items():
+                for action in range(3):
+                    new = paddle(position, action)
+                    after[new] = after.get(new, 0) + probability / 3
+            chance = after
+            reachable = {paddle(position, action) for position in reachable for action in range(3)}
+        total_random += sum(probability for position, probability in chance.items() if abs(x - position) <= reach)
+        total_best += any(abs(x - position) <= reach for position in reachable)
+    return float(total_random / len(starts)), float(total_best / len(starts))
+
+
+def test_published_ceilings_and_docstring():
+    scores = {"Catch-v0": ceilings(16, 2), "Catch-v1": ceilings(15, 1)}
+    assert scores["Catch-v0"] == pytest.approx((0.247, 0.973), abs=6e-4)
+    assert scores["Catch-v1"] == pytest.approx((0.148, 0.898), abs=6e-4)  # the no-op's is 0.150
+    # Catch-v4: from an even position every column can be reached, from an odd one all but the border columns.
+    border = sum(x in (0, 20) for x in landings()) / len(landings())
+    scores["Catch-v4"] = (None, 9 / 17 + 8 / 17 * (1 - border) ** 5)
+    scores["Catch-v2"] = scores["Catch-v3"] = scores["Catch-v0"]
+    for env_id, (by_chance, best) in scores.items():
+        (line,) = [line for line in catch_env.__doc__.splitlines() if line.startswith(f"| {env_id}")]
+        cells = [cell.strip() for cell in line.split("|")]
+        assert cells[-2] == f"{best:.3f}"
+        assert by_chance is None or cells[-3] == f"{by_chance:.3f}"
+
+
+def landings():
+    columns = []
+    for vx, x in itertools.product(range(-2, 3), range(21)):
+        for _ in range(4, 16):
+            x, vx = move(x, vx)
+        columns.append(x)
+    return columns
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_random_play_scores_what_the_docstring_says(env_id):
+    envs = gym.make_vec(f"catch_env:{env_id}", num_envs=200)
+    envs.reset(seed=0)
+    rng, rewards, episodes = np.random.default_rng(0), 0.0, 0
+    for _ in range(1000):
+        _, reward, terminations, _, _ = envs.step(rng.integers(3, size=200))
+        rewards, episodes = rewards + reward.sum(), episodes + terminations.sum()
+    (line,) = [line for line in catch_env.__doc__.splitlines() if line.startswith(f"| {env_id}")]
+    stated = float(line.split("|")[-3])
+    assert rewards / episodes == pytest.approx(stated, abs=4 * np.sqrt(0.25 / episodes) + 5e-4)
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_optimal_script_reaches_the_ceiling(env_id):
+    env = gym.make(f"catch_env:{env_id}")
+    games, rewards = env.unwrapped.games, []
+    for episode in range(400):
+        env.reset(seed=episode)
+        over = False
+        while not over:
+            target = catch_env.landing_column(games.x[0], games.y[0], games.vx[0], games.last_row)
+            away = target - games.p[0]
+            _, reward, over, _, _ = env.step(2 if abs(away) <= games.reach else int(away > 0))
+        rewards.append(reward)
+    (line,) = [line for line in catch_env.__doc__.splitlines() if line.startswith(f"| {env_id}")]
+    stated = float(line.split("|")[-2])
+    assert np.mean(rewards) == pytest.approx(stated, abs=4 * np.sqrt(stated * (1 - stated) / 400))
+
+
+def test_render_modes():
+    env = gym.make("catch_env:Catch-v3", render_mode="rgb_array")
+    obs, _ = env.reset(seed=0)
+    image = env.render()
+    assert image.shape == (336, 336, 3) and image.dtype == np.uint8 and (image[::4, ::4, 0] == obs[3]).all()
+    env = gym.make("catch_env:Catch-v0", render_mode="ansi")
+    env.reset(seed=0)
+    lines = env.render().splitlines()
+    assert len(lines) == 21 and lines[16].count("=") == 5 and lines[5].count("o") == 1
+    envs = gym.make_vec("catch_env:Catch-v2", num_envs=2, render_mode="rgb_array")
+    envs.reset(seed=0)
+    assert [image.shape for image in envs.render()] == [(336, 336, 3)] * 2
+
+
+def test_misuse_is_refused_in_words():
+    env = catch_env.CatchEnv()
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(0)
+    env.reset(seed=0)
+    with pytest.raises(gym.error.InvalidAction, match="not an action of Catch"):
+        env.step(3)
+    envs = catch_env.CatchVectorEnv(2)
+    envs.reset(seed=[1, 2])
+    with pytest.raises(gym.error.InvalidAction):
+        envs.step(np.array([0, 3]))
+    with pytest.raises(gym.error.Error, match="3 seeds for 2"):
+        envs.reset(seed=[1, 2, 3])
+
+
+def test_seeding_a_vector_environment_per_row():
+    envs = catch_env.CatchVectorEnv(2)
+    same, _ = envs.reset(seed=[5, 5])
+    assert (same[0] == same[1]).all()
+    other, _ = envs.reset()
+    assert (other[0] == other[1]).all() and (other != same).any()  # the generators go on, they are not reseeded
+
+
+def test_a_person_can_see_the_game(tmp_path):
+    shown = run("catch_env.py", "--env-id", "Catch-v2", "--episodes", 1, cwd=tmp_path).stdout
+    assert "o" in shown and "=" in shown and "caught 1 of 1" in shown
+    run("catch_env.py", "--env-id", "Catch-v4", "--episodes", 1, "--gif", "game.gif", cwd=tmp_path)
+    with Image.open(tmp_path / "game.gif") as gif:
+        assert gif.size == (336, 336) and gif.n_frames > 11
+    wrong = run("catch_env.py", "--env-id", "Catch-v9", cwd=tmp_path, check=False)
+    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "Catch-v0" in wrong.stderr

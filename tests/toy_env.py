@@ -1,0 +1,34 @@
+"""A game that a Q-network learns in seconds: a bar stands in one of three columns, the action that names it earns 1.
+
+Episodes last 5 steps and end by termination; those of `ToyTruncated-v0` are cut at 7 steps instead.
+"""
+
+import gymnasium as gym
+import numpy as np
+
+
+class ToyEnv(gym.Env):
+    def __init__(self, length=5):
+        self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+        self.action_space = gym.spaces.Discrete(3)
+        self.length = length
+
+    def _see(self):
+        self.bar = int(self.np_random.integers(3))
+        frame = np.zeros((84, 84), np.uint8)
+        frame[:, 28 * self.bar : 28 * (self.bar + 1)] = 255
+        self.stack = np.concatenate([self.stack[1:], frame[None]])
+        return self.stack.copy()
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.stack, self.steps = np.zeros((4, 84, 84), np.uint8), 0
+        return self._see(), {}
+
+    def step(self, action):
+        reward, self.steps = float(action == self.bar), self.steps + 1
+        return self._see(), reward, self.steps == self.length, False, {}
+
+
+gym.register("Toy-v0", ToyEnv)
+gym.register("ToyTruncated-v0", ToyEnv, max_episode_steps=7, kwargs={"length": 100})
