@@ -250,7 +250,9 @@ class CatchVectorEnv(VectorEnv):
 
     def reset(self, *, seed: "int | list[int | None] | None" = None, options: Optional[dict] = None):
         if seed is not None or not self.rngs:
-            seeds = [None if seed is None else seed + i for i in range(self.num_envs)] if not np.iterable(seed) else seed
+            seeds = (
+                [None if seed is None else seed + i for i in range(self.num_envs)] if not np.iterable(seed) else seed
+            )
             if len(seeds) != self.num_envs:
                 raise gym.error.Error(f"reset() got {len(seeds)} seeds for {self.num_envs} environments")
             self.rngs = [gym.utils.seeding.np_random(s)[0] for s in seeds]

@@ -16,6 +16,8 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass, fields
+from datetime import timedelta
+from itertools import count
 from typing import Callable, Literal, NoReturn, Optional
 
 import gymnasium as gym
@@ -41,7 +43,7 @@ class Args:
     cuda: bool = True
     """train on CUDA when there is a GPU"""
     cudagraphs: bool = True
-    """on CUDA, capture acting and updating once as CUDA graphs and replay them (no effect on the CPU)"""
+    """on CUDA, replay acting and updating as CUDA graphs (not with --buffer-device cpu)"""
     logdir: str = "runs"
     """folder in which the run's own folder is made"""
     track: bool = False
@@ -156,27 +158,14 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
             game = gym.spec(args.env_id).kwargs["game"]
         except gym.error.Error as error:
             fail(f"--env-id {args.env_id}: {error}")
+        # The learner clips rewards, since the score is what we report, and builds the stacks. It reads lost lives from
+        # `info`: `episodic_life` would restart the game, `life_loss_info` would not tell a lost life from its end.
         return AtariVectorEnv(
-            game,
-            num_envs,
-            frameskip=4,
-            repeat_action_probability=args.repeat_action_probability,
-            full_action_space=args.full_action_space,
-            maxpool=args.maxpool,
-            noop_max=30,
-            use_fire_reset=True,
-            max_num_frames_per_episode=108_000,
-            reward_clipping=False,  # the score is what we report; the learner clips
-            # Lost lives are read from info["lives"]: `episodic_life` would restart the game, `life_loss_info` would
-            # leave open whether a termination ended the game.
-            episodic_life=False,
-            life_loss_info=False,
-            autoreset_mode=AutoresetMode.NEXT_STEP,
-            img_height=84,
-            img_width=84,
-            grayscale=True,
-            stack_num=1,  # stacks are built from single frames here and in the replay memory
-        )
+            game, num_envs, autoreset_mode=AutoresetMode.NEXT_STEP, max_num_frames_per_episode=108_000, frameskip=4,
+            repeat_action_probability=args.repeat_action_probability, full_action_space=args.full_action_space,
+            noop_max=30, use_fire_reset=True, episodic_life=False, life_loss_info=False, reward_clipping=False,
+            img_height=84, img_width=84, grayscale=True, maxpool=args.maxpool, stack_num=1,
+        )  # fmt: skip
     try:
         envs = gym.make_vec(args.env_id, num_envs=num_envs)
     except (gym.error.Error, ModuleNotFoundError) as error:
@@ -314,6 +303,8 @@ class Replay:
 def make_replay(args: Args, device: torch.device) -> Replay:
     """Allocate the replay memory, or say in one line why it does not fit."""
     device = device if args.buffer_device == "auto" else torch.device(args.buffer_device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        fail("--buffer-device cuda: there is no CUDA device")
     size = args.buffer_size * 84 * 84
     need = f"a replay memory of {args.buffer_size:,} transitions takes {size:,} bytes ({size / 1e9:.2f} GB)"
     way_out = "use a smaller --buffer-size" + (" or --buffer-device cpu" if device.type == "cuda" else "")
@@ -329,7 +320,7 @@ def make_replay(args: Args, device: torch.device) -> Replay:
         replay = Replay(args.buffer_size, args.num_envs, device)
     except (RuntimeError, MemoryError):
         fail(f"{need}, which {device.type} refuses: {way_out}")
-    print(f"replay memory: {args.buffer_size:,} transitions, {size:,} bytes ({size / 1e9:.2f} GB) on {device.type}")
+    say(f"replay memory: {args.buffer_size:,} transitions, {size:,} bytes ({size / 1e9:.2f} GB) on {device.type}")
     return replay
 
 
@@ -376,7 +367,7 @@ def evaluate(args: Args, envs, network, device, seed: int, gif: Optional[str], s
         push_frame(stacks, obs[:, -1], over)
         running += rewards * playing
         if gif and to_play[0] == first_share and playing[0]:
-            pictures.append(Image.fromarray(obs[0, -1].repeat(3, 0).repeat(3, 1)))
+            pictures.append(obs[0, -1])
         over = terminations | truncations
         for i in np.flatnonzero(over & playing):
             returns.append(float(running[i]))
@@ -389,8 +380,10 @@ def evaluate(args: Args, envs, network, device, seed: int, gif: Optional[str], s
     for t in reversed(range(len(rewards))):
         to_go[t] = rewards[t] + (args.gamma * to_go[t + 1] * ~cuts[t] if t + 1 < len(rewards) else 0.0)
     if gif:
-        pictures[0].save(gif, save_all=True, append_images=pictures[1:], duration=67, loop=0)  # 15 steps a second
-        print(f"saved {len(pictures)} frames of the first game to {gif}")
+        images = (Image.fromarray(picture.repeat(3, 0).repeat(3, 1)) for picture in pictures)
+        next(images).save(gif + ".tmp", "GIF", save_all=True, append_images=images, duration=67, loop=0)  # 15 steps/s
+        os.replace(gif + ".tmp", gif)
+        say(f"saved the first game, {len(pictures)} frames, to {gif}")
     scalars = {"episodic_return": float(np.mean(returns)), "episodic_return_std": float(np.std(returns))}
     scalars |= {"max_q": float(best[playing].mean()), "discounted_return": float(to_go[playing].mean())}
     return scalars | ({"caught": caught / balls} if balls else {})
@@ -441,7 +434,7 @@ def transfer(args: Args, network: nn.Module, meanings: list[str]) -> None:
     for what, members in rows.items():
         count = sum(network.get_parameter(name).numel() for name in members)
         layers = dict.fromkeys(name.rsplit(".", 1)[0] for name in members)
-        print(f"{count:>9,} parameters {what}: {', '.join(layers) or 'none'}")
+        say(f"{count:>9,} parameters {what}: {', '.join(layers) or 'none'}")
 
 
 def save_atomically(data: dict, path: str) -> None:
@@ -478,14 +471,16 @@ if __name__ == "__main__":
         if not args.evaluate:
             if "optimizer" not in checkpoint:
                 fail(f"{args.resume} has no training state to resume; --pretrained takes its layers into a new run")
-            for name in ("env_id", "exp_name", "optimizer", "freeze_features"):
-                if getattr(args, name) != checkpoint["args"][name]:
-                    fail(f"--resume continues a run with {name} {checkpoint['args'][name]}, not {getattr(args, name)}")
+            for name in "env_id exp_name optimizer pretrained pretrained_head keep_head freeze_features".split():
+                was, now = checkpoint["args"].get(name), getattr(args, name)
+                if was != now:
+                    fail(f"--resume continues a run with {name} {was}, not {now}")
     on_the_ale = args.env_id.startswith("ALE/")
     for name, values in KIND_DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[0 if on_the_ale else 1])
-    for name in ("num_envs", "total_timesteps", "buffer_size", "batch_size", "train_frequency", "eval_episodes"):
+    counts = "num_envs total_timesteps buffer_size batch_size train_frequency target_network_frequency eval_episodes"
+    for name in counts.split():
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.keep_head and not args.pretrained:
@@ -509,22 +504,26 @@ if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     on_cuda = device.type == "cuda"
+    use_graphs = on_cuda and args.cudagraphs and args.buffer_device != "cpu"
 
     def seed_for(*purpose: int) -> int:
         """A seed for environments; those of run 2 must not be those of run 1 shifted by one."""
         return int(np.random.SeedSequence((args.seed, *purpose)).generate_state(1)[0] >> 2)
 
     # env setup
-    envs = make_envs(args, args.num_envs)
+    envs = make_envs(args, min(args.eval_episodes, 16) if args.evaluate else args.num_envs)
     num_actions, meanings = int(envs.single_action_space.n), action_meanings(args, envs)
+    say(f"{args.env_id}: {envs.num_envs} games, {num_actions} actions ({', '.join(meanings)}), network on {device}")
+    if on_the_ale:
+        say(f"frame skip 4, sticky actions {args.repeat_action_probability}, a lost life is "
+            f"{'' if args.life_loss_terminal else 'not '}terminal for the learner, maxpool {args.maxpool}")  # fmt: skip
     # channels_last: the memory layout of the fast convolutions
     q_network = QNetwork(num_actions).to(device, memory_format=torch.channels_last)
 
     if args.evaluate:
         copy_layers(q_network, checkpoint["q_network"], list(q_network.state_dict()), args.evaluate)
         gif = os.path.splitext(args.evaluate)[0] + ".gif" if args.capture_video else None
-        eval_envs = make_envs(args, min(args.eval_episodes, 16))
-        result = evaluate(args, eval_envs, q_network, device, seed_for(1), gif, lambda: bool(signals))
+        result = evaluate(args, envs, q_network, device, seed_for(1), gif, lambda: bool(signals))
         if result is None:
             sys.exit(128 + signals[0])
         mean, std = result.pop("episodic_return"), result.pop("episodic_return_std")
@@ -543,26 +542,30 @@ if __name__ == "__main__":
     target_network.load_state_dict(checkpoint.get("target_network", q_network.state_dict()))
     trained = [parameter for parameter in q_network.parameters() if parameter.requires_grad]
     if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(trained, args.learning_rate, eps=1.5e-4, fused=True, capturable=on_cuda)
+        optimizer = torch.optim.Adam(trained, args.learning_rate, eps=1.5e-4, fused=True, capturable=use_graphs)
     else:
         # Mnih et al.'s 0.01 is under the root and their gradients are sums over the batch of 32, ours are means
         eps = 0.01**0.5 / 32
-        optimizer = torch.optim.RMSprop(trained, args.learning_rate, 0.95, eps, centered=True, capturable=on_cuda)
+        optimizer = torch.optim.RMSprop(trained, args.learning_rate, 0.95, eps, centered=True, capturable=use_graphs)
+
+    rb = make_replay(args, device)
 
     # TRY NOT TO MODIFY: the run's folder and logs
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = os.path.dirname(os.path.abspath(args.resume)) if args.resume else os.path.join(args.logdir, run_name)
-    copies = 1
-    while not args.resume and os.path.exists(run_dir):  # two runs that start in the same second
-        copies += 1
-        run_dir = os.path.join(args.logdir, f"{run_name}-{copies}")
-    os.makedirs(run_dir, exist_ok=bool(args.resume))
-    checkpoint_path = os.path.join(run_dir, f"{args.exp_name}.pt")
     if args.track:
         try:
             import wandb
         except ImportError:
             fail("--track needs Weights and Biases: pip install wandb")
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = os.path.dirname(os.path.abspath(args.resume)) if args.resume else os.path.join(args.logdir, run_name)
+    for copy in count(2):
+        try:
+            os.makedirs(run_dir, exist_ok=bool(args.resume))
+            break
+        except FileExistsError:  # two runs that start in the same second
+            run_dir = os.path.join(args.logdir, f"{run_name}-{copy}")
+    checkpoint_path = os.path.join(run_dir, f"{args.exp_name}.pt")
+    if args.track:
         project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": os.path.basename(run_dir)}
         wandb.init(**project, config=vars(args), sync_tensorboard=True, save_code=True)
     global_step = checkpoint.get("global_step", 0)
@@ -574,29 +577,33 @@ if __name__ == "__main__":
     updates, evaluated_at = checkpoint.get("updates", 0), checkpoint.get("evaluated_at", 0)
     sums = torch.zeros(5, device=device)  # since the last log: td_loss, q_values, updates; max_q, forward passes
     stacks = torch.zeros((args.num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
-    rb = make_replay(args, device)
     episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
     over, env_seed, action_log, refill, memory = np.zeros(args.num_envs, bool), seed_for(0, global_step), [], 0, None
     if args.resume:
         for group in checkpoint["optimizer"]["param_groups"]:
-            group.update(lr=args.learning_rate, capturable=on_cuda)
+            group.update(lr=args.learning_rate, capturable=use_graphs)
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng.bit_generator.state = checkpoint["rng"]["numpy"]
         torch.set_rng_state(checkpoint["rng"]["torch"])
+        if on_cuda and checkpoint["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
         sums.copy_(checkpoint["sums"])
         memory_path = os.path.join(run_dir, f"{args.exp_name}_buffer_{global_step}.pt")
         if os.path.exists(memory_path):
-            memory = torch.load(memory_path, map_location=rb.device, weights_only=True)
+            memory = torch.load(memory_path, map_location="cpu", weights_only=True)
             rb.load_state_dict(memory["replay"])
-            env_seed, action_log = memory["env_seed"], list(memory["actions"].cpu().numpy().astype(np.int64))
-            over, episode_returns, episode_lengths = (memory[k].cpu().numpy() for k in ("over", "returns", "lengths"))
+            env_seed, action_log = memory["env_seed"], list(memory["actions"].numpy().astype(np.int64))
+            over, episode_returns, episode_lengths = (memory[name].numpy() for name in ("over", "returns", "lengths"))
     obs, infos = envs.reset(seed=env_seed)
     if memory:
         # Emulators can't be saved, but they are deterministic: equal actions lead to equal states
         say(f"resuming at step {global_step:,}: replaying {len(action_log):,} actions to bring the games back there")
         for actions in action_log:
             obs, _, _, _, infos = envs.step(actions)
+            if signals:
+                sys.exit(128 + signals[0])
         stacks.copy_(memory["stacks"])
+        memory = None  # 2.8 GB at the default size
     else:
         rb.start(obs[:, -1])
         push_frame(stacks, obs[:, -1], ~over)
@@ -624,7 +631,7 @@ if __name__ == "__main__":
         optimizer.step()
         sums[:3] += torch.stack((loss, q.mean(), torch.ones_like(loss))).detach()
 
-    if on_cuda and args.cudagraphs and rb.device.type == "cuda":
+    if use_graphs:
         if not optimizer.state:  # which its first step makes, but a graph needs its addresses
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
@@ -644,8 +651,9 @@ if __name__ == "__main__":
             save_atomically(memory | {"env_seed": env_seed, "stacks": stacks, "replay": rb.state_dict()}, memory_path)
         networks = {"q_network": q_network.state_dict(), "target_network": target_network.state_dict()}
         state = {"args": vars(args), "global_step": global_step, **networks, "optimizer": optimizer.state_dict()}
-        state |= {"rng": {"numpy": rng.bit_generator.state, "torch": torch.get_rng_state()}, "sums": sums}
-        state |= {"updates": updates, "evaluated_at": evaluated_at, "action_meanings": meanings}
+        state |= {"updates": updates, "evaluated_at": evaluated_at, "action_meanings": meanings, "sums": sums}
+        generators = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if on_cuda else None}
+        state |= {"rng": {"numpy": rng.bit_generator.state, **generators}}
         save_atomically(state, checkpoint_path)
         for name in os.listdir(run_dir):
             if name.startswith(f"{args.exp_name}_buffer_") and os.path.join(run_dir, name) != memory_path:
@@ -733,10 +741,10 @@ if __name__ == "__main__":
             writer.add_scalar("charts/SPS", sps, global_step)
             writer.add_scalar("charts/epsilon", epsilon, global_step)
             if now - last_line > (1 if sys.stdout.isatty() else 30):
-                last_line, left = now, int((args.total_timesteps - global_step) / sps)
+                last_line, left = now, timedelta(seconds=int((args.total_timesteps - global_step) / sps))
                 share, score = global_step / args.total_timesteps, f"{np.mean(recent):.2f}" if recent else "none yet"
-                say(f"step {global_step:,}/{args.total_timesteps:,} ({share:.1%})  SPS {sps:,.0f}  ETA {left // 3600}:"
-                    f"{left // 60 % 60:02}:{left % 60:02}  return {score}  epsilon {epsilon:.3f}", stay=False)  # fmt: skip
+                say(f"step {global_step:,}/{args.total_timesteps:,} ({share:.1%})  SPS {sps:,.0f}  ETA {left}  "
+                    f"return {score}  epsilon {epsilon:.3f}", stay=False)  # fmt: skip
 
         # update target network
         if global_step // args.target_network_frequency > previous_step // args.target_network_frequency:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,8 @@ from PIL import Image
 
 SCRIPTS = ["ddqn_atari"]
 TAGS = {
-    "charts/episodic_return", "charts/episodic_length", "charts/epsilon", "charts/max_q", "losses/td_loss", "losses/q_values",
+    "charts/episodic_return", "charts/episodic_length", "charts/epsilon", "charts/max_q",
+    "losses/td_loss", "losses/q_values",
     "eval/episodic_return", "eval/episodic_return_std", "eval/max_q", "eval/discounted_return",
 }  # fmt: skip
 
@@ -141,7 +143,11 @@ def test_replay_equals_a_naive_list_of_stacks(module, num_envs, capacity):
     for iteration in range(iterations):
         actions, rewards = rng.integers(18, size=num_envs), rng.integers(-1, 2, size=num_envs)
         chance, restarted = rng.random(num_envs), over
-        terminated, life_lost, truncated = chance < 0.05, (0.05 < chance) & (chance < 0.1), (0.1 < chance) & (chance < 0.13)
+        terminated, life_lost, truncated = (
+            chance < 0.05,
+            (0.05 < chance) & (chance < 0.1),
+            (0.1 < chance) & (chance < 0.13),
+        )
         terminated, life_lost, truncated = (~restarted & kind for kind in (terminated, life_lost, truncated))
         kinds += [restarted.sum(), terminated.sum(), life_lost.sum(), truncated.sum()]
         frames, row = [], []
@@ -263,7 +269,9 @@ def test_a_run_logs_learns_evaluates_and_saves(script, module, source):
     path, checkpoint = source(script)
     logged = scalars(path.parent)
     assert set(logged) == TAGS
-    assert checkpoint["global_step"] >= 1200 and checkpoint["action_meanings"] == [f"toy_env:Toy-v0 {i}" for i in range(3)]
+    assert checkpoint["global_step"] >= 1200 and checkpoint["action_meanings"] == [
+        f"toy_env:Toy-v0 {i}" for i in range(3)
+    ]
     assert checkpoint["args"]["total_timesteps"] == 1200 and checkpoint["args"]["env_id"] == "toy_env:Toy-v0"
     # every fourth action of the loop owes updates; those of the last step are done by whoever resumes the run
     assert 0 <= (checkpoint["global_step"] - 200) // 8 - checkpoint["updates"] <= 1 and checkpoint["updates"] > 100
@@ -304,7 +312,9 @@ def test_truncated_episodes_are_no_terminals(script, tmp_path, toy_flags):
 
 def test_same_seed_same_scalars_with_and_without_evaluation(script, source, tmp_path, toy_flags):
     path, checkpoint = source(script)
-    run(f"{script}.py", *toy_flags, "--eval-frequency", 0, "--checkpoint-frequency", 0, cwd=tmp_path)
+    out = run(f"{script}.py", *toy_flags, "--eval-frequency", 0, "--checkpoint-frequency", 0, cwd=tmp_path).stdout
+    progress = r"step 1,0\d\d/1,200 \(8\d\.\d%\)  SPS [\d,]+  ETA 0:\d\d:\d\d  return \d\.\d\d  epsilon 0\.\d+\n"
+    assert re.search(progress, out) and "evaluation at step 1,20" in out
     folder = only_run(tmp_path / "runs")
     mine, theirs = scalars(folder), scalars(path.parent)
     assert len(mine["eval/episodic_return"]) == 1
@@ -387,7 +397,8 @@ def test_resuming_without_the_replay_memory_refills_it_first(script, source, tmp
 
 def test_two_runs_in_the_same_second_have_their_own_folders(script, tmp_path, toy_flags):
     flags = [*toy_flags, "--total-timesteps", "4", "--eval-episodes", "1"]
-    code = "import sys, time, runpy; time.time = lambda: 7.0; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = "import sys, time, runpy; time.time = lambda: 7.0; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
     for _ in range(2):
         command = [sys.executable, "-c", code, str(ROOT / f"{script}.py"), *flags]
@@ -413,7 +424,7 @@ def test_evaluate_prints_mean_deviation_and_n(script, source, tmp_path):
     flags = ["--evaluate", copy, "--eval-episodes", 20, "--capture-video"]
     first, second = (run(f"{script}.py", *flags, cwd=tmp_path).stdout for _ in range(2))
     assert first == second and "n = 20" in first and "toy_env:Toy-v0" in first
-    assert 4 < float(first.split("return ")[1].split(" ")[0]) <= 5
+    assert 4 < float(first.split(" return ")[1].split(" ")[0]) <= 5
     with Image.open(copy.with_suffix(".gif")) as gif:
         assert gif.n_frames == 5 and gif.size == (252, 252)
     assert not (tmp_path / "runs").exists()
@@ -424,7 +435,7 @@ def test_cleanrl_s_bare_state_dict_is_accepted(script, source, tmp_path, toy_fla
     bare = tmp_path / "dqn_atari.cleanrl_model"
     torch.save(checkpoint["q_network"], bare)
     out = run(f"{script}.py", "--evaluate", bare, "--env-id", "toy_env:Toy-v0", cwd=tmp_path).stdout
-    assert 4 < float(out.split("return ")[1].split(" ")[0]) <= 5 and "n = 100" in out
+    assert 4 < float(out.split(" return ")[1].split(" ")[0]) <= 5 and "n = 100" in out
     run(f"{script}.py", *toy_flags, "--total-timesteps", 4, "--pretrained", bare, cwd=tmp_path)
     copy = torch.load(only_run(tmp_path / "runs") / f"{script}.pt")["q_network"]
     assert torch.equal(copy["network.7.weight"], checkpoint["q_network"]["network.7.weight"])
@@ -432,12 +443,13 @@ def test_cleanrl_s_bare_state_dict_is_accepted(script, source, tmp_path, toy_fla
     assert refused.returncode == 1 and "--pretrained" in refused.stderr
 
 
-CATCH = "--env-id catch_env:Catch-v0 --num-envs 4 --buffer-size 1000 --learning-starts 100 --train-frequency 8 --eval-episodes 4"
+CATCH = "--env-id catch_env:Catch-v0 --num-envs 4 --buffer-size 1000 --learning-starts 100 --train-frequency 8 "
+CATCH += "--eval-frequency 0 --eval-episodes 4"
 
 
 def transferred(script, cwd, *flags):
     cwd.mkdir(exist_ok=True)
-    out = run(f"{script}.py", *CATCH.split(), "--eval-frequency", 0, *flags, cwd=cwd).stdout
+    out = run(f"{script}.py", *CATCH.split(), *flags, cwd=cwd).stdout
     return out, torch.load(only_run(cwd / "runs") / f"{script}.pt")
 
 
@@ -524,11 +536,20 @@ def test_bad_files_and_games_are_named_in_one_line(module, script, source, tmp_p
     torch.save({name: tensor[..., :1].clone() for name, tensor in state.items()}, tmp_path / "smaller.pt")
     torch.save(state | {"network.11.weight": torch.zeros(1)}, tmp_path / "extra.pt")
     torch.save(state, tmp_path / "bare.pt")
-    for name, says in (("text", "is not a checkpoint"), ("other", "is not a checkpoint of a Q-network"), ("no", "no checkpoint")):
+    for name, says in (
+        ("text", "is not a checkpoint"),
+        ("other", "is not a checkpoint of a Q-network"),
+        ("no", "no checkpoint"),
+    ):
         refused(module.load_checkpoint, str(tmp_path / f"{name}.pt"), says=says)
     refused(module.load_checkpoint, str(tmp_path), says="no checkpoint file")
     for name, keep_head, theirs, says in (
-        ("smaller", False, meanings, "another architecture: network.0.weight is (32, 4, 8, 1) there and (32, 4, 8, 8) here"),
+        (
+            "smaller",
+            False,
+            meanings,
+            "another architecture: network.0.weight is (32, 4, 8, 1) there and (32, 4, 8, 8) here",
+        ),
         ("extra", False, meanings, "another architecture: network.11.weight is (1,) there and missing here"),
         ("bare", True, meanings, "actions are unknown"),
         (path, True, ["LEFT", "RIGHT", "STAY"], "'LEFT'"),
@@ -536,7 +557,9 @@ def test_bad_files_and_games_are_named_in_one_line(module, script, source, tmp_p
         args = module.Args(pretrained=str(path if name == path else tmp_path / f"{name}.pt"), keep_head=keep_head)
         refused(module.transfer, args, module.QNetwork(3), theirs, says=says)
     network = module.QNetwork(6)
-    refused(module.copy_layers, network, state, list(network.state_dict()), "x.pt", says="(3, 512) there and (6, 512) here")
+    refused(
+        module.copy_layers, network, state, list(network.state_dict()), "x.pt", says="(3, 512) there and (6, 512) here"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- copy-alone
@@ -546,7 +569,9 @@ def test_the_script_runs_alone_on_a_real_game(script, tmp_path):
     shutil.copy(ROOT / f"{script}.py", tmp_path)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, f"{script}.py"]
-    shown = subprocess.run([*command, "--help"], cwd=tmp_path, env=env, text=True, capture_output=True, check=True).stdout
+    shown = subprocess.run(
+        [*command, "--help"], cwd=tmp_path, env=env, text=True, capture_output=True, check=True
+    ).stdout
     for flag in ("--env-id", "--no-double", "--pretrained", "--freeze-features", "--resume", "--num-envs"):
         assert flag in shown or script != "ddqn_atari"
     flags = "--env-id ALE/MsPacman-v5 --num-envs 4 --total-timesteps 3200 --learning-starts 1600 --train-frequency 32"
@@ -560,7 +585,9 @@ def test_the_script_runs_alone_on_a_real_game(script, tmp_path):
         assert all(value % 10 == 0 for _, value in logged[tag]) and max(logged[tag])[1] > 0
     assert torch.load(folder / f"{script}.pt")["updates"] > 30
     assert list(folder.glob("eval_*.gif"))
-    missing = subprocess.run([*command, "--env-id", "catch_env:Catch-v0"], cwd=tmp_path, env=env, text=True, capture_output=True)
+    missing = subprocess.run(
+        [*command, "--env-id", "catch_env:Catch-v0"], cwd=tmp_path, env=env, text=True, capture_output=True
+    )
     assert missing.returncode == 1 and "catch_env" in missing.stderr and missing.stderr.strip().count("\n") == 0
 
 
@@ -574,7 +601,15 @@ def test_captured_and_eager_updates_agree(script, tmp_path, toy_flags, flags):
     networks = []
     for graphs in ("--cudagraphs", "--no-cudagraphs"):
         # random actions, so that rounding cannot change the data
-        command = [sys.executable, str(ROOT / f"{script}.py"), *toy_flags, "--end-e", "1", "--logdir", graphs.strip("-")]
+        command = [
+            sys.executable,
+            str(ROOT / f"{script}.py"),
+            *toy_flags,
+            "--end-e",
+            "1",
+            "--logdir",
+            graphs.strip("-"),
+        ]
         subprocess.run([*command, graphs, *flags], cwd=tmp_path, env=env, check=True)
         checkpoint = torch.load(only_run(tmp_path / graphs.strip("-")) / f"{script}.pt", map_location="cpu")
         networks.append(checkpoint["q_network"])

@@ -144,7 +144,11 @@ def test_every_row_of_the_vector_environment_plays_like_a_single_one(env_id, mod
 
 def ceilings(last_row, reach):
     """Exact mean reward of random and of optimal play on one ball, over all starts, by dynamic programming."""
-    total_random, total_best, starts = Fraction(0), Fraction(0), list(itertools.product(range(2, 19), range(-2, 3), range(21)))
+    total_random, total_best, starts = (
+        Fraction(0),
+        Fraction(0),
+        list(itertools.product(range(2, 19), range(-2, 3), range(21))),
+    )
     for p, vx, x in starts:
         for _ in range(4, last_row):
             x, vx = move(x, vx)
