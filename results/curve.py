@@ -29,5 +29,5 @@ if tag == "eval/caught":
     for level, name in ((0.247, "random play"), (0.973, "ceiling of the game")):
         axes.axhline(level, linestyle="--", linewidth=0.8, color="grey")
         axes.annotate(name, (steps[-1], level), fontsize=7, ha="right", va="bottom", color="grey")
-axes.set(xlabel="agent steps", ylabel=tag, ylim=(0, None))
+axes.set(xlabel="agent steps", ylabel=tag, ylim=(0, 1.05 if tag == "eval/caught" else None))
 figure.savefig(out + ".png", dpi=110)

@@ -1,0 +1,109 @@
+"""Agent steps per second of a script before and while learning, and of Stable-Baselines3's DQN, in alternation.
+
+    python tests/benchmark_rl.py --flags "--no-double --optimizer adam" --peer sb3
+
+The peer needs `pip install stable-baselines3 opencv-python`. It gets the same network, batch size, replay memory,
+exploration and number of updates per step, and the settings of RL-Zoo for the rest. Not collected by pytest.
+"""
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+BUFFER, STARTS, TOTAL = 20_000, 8_000, 11_000
+
+
+@dataclass
+class Args:
+    script: str = "ddqn_atari.py"
+    """script to measure"""
+    game: str = "Pong"
+    """the game's name as in ALE/<Game>-v5"""
+    flags: str = ""
+    """further flags of the script, in one string"""
+    peer: Optional[Literal["sb3"]] = None
+    """also measure this library, in alternation"""
+    rounds: int = 3
+    """measurements of each"""
+    child: bool = False
+    """run the peer in this process (used internally)"""
+
+
+def ours(args: Args) -> tuple[float, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tempfile.TemporaryDirectory() as logdir:
+        flags = (
+            f"--env-id ALE/{args.game}-v5 --buffer-size {BUFFER} --learning-starts {STARTS} --total-timesteps {TOTAL}"
+        )
+        flags += f" --start-e 0.01 --end-e 0.01 --eval-episodes 1 --logdir {logdir} {args.flags}"
+        command = [sys.executable, str(ROOT / args.script), *flags.split()]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        events = EventAccumulator(str(next(Path(logdir).iterdir())))
+        events.Reload()
+        sps = [(event.step, event.value) for event in events.Scalars("charts/SPS")]
+    before = statistics.median(value for step, value in sps if 1_500 < step < STARTS + 500)
+    return before, statistics.median(value for step, value in sps if step > STARTS + 1_500)
+
+
+def sb3_child(args: Args) -> None:
+    import ale_py  # noqa: F401
+    from stable_baselines3 import DQN
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.vec_env import VecFrameStack
+
+    times = {}
+
+    class Clock(BaseCallback):
+        def _on_step(self) -> bool:
+            times[self.num_timesteps] = time.perf_counter()
+            return True
+
+    envs = VecFrameStack(make_atari_env(f"{args.game}NoFrameskip-v4", n_envs=1, seed=1), 4)
+    settings = dict(learning_rate=1e-4, buffer_size=BUFFER, learning_starts=STARTS, batch_size=32, train_freq=4)
+    settings |= dict(gradient_steps=1, exploration_initial_eps=0.01, exploration_final_eps=0.01, seed=1)
+    DQN("CnnPolicy", envs, target_update_interval=10_000, **settings).learn(TOTAL, callback=Clock())
+    before = (STARTS - 1_000) / (times[STARTS] - times[1_000])
+    print(before, (TOTAL - STARTS - 1_000) / (times[TOTAL] - times[STARTS + 1_000]))
+
+
+def sb3(args: Args) -> tuple[float, float]:
+    command = [sys.executable, __file__, "--child", "--game", args.game]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    before, learning = done.stdout.split()[-2:]
+    return float(before), float(learning)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.child:
+        sb3_child(args)
+        sys.exit()
+    rows = []
+    for number in range(args.rounds):
+        row = [*ours(args), *(sb3(args) if args.peer else ())]
+        rows.append(row)
+        print(f"round {number + 1}: " + "  ".join(f"{value:,.1f}" for value in row), flush=True)
+    medians = [statistics.median(column) for column in zip(*rows)]
+    print(
+        f"\n| {args.game}, {os.cpu_count()} cores, median of {args.rounds} | before learning | learning |\n|---|---|---|"
+    )
+    print(f"| {args.script} {args.flags} | {medians[0]:,.0f} | {medians[1]:,.1f} |")
+    if args.peer:
+        print(f"| {args.peer} | {medians[2]:,.0f} | {medians[3]:,.1f} |")
+        ratios = [statistics.median(row[i] / row[i + 2] for row in rows) for i in (0, 1)]
+        print(f"| ratio, median over the rounds | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+    print(
+        f"\npeak memory of the largest process: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6:.2f} GB"
+    )
