@@ -1,7 +1,7 @@
 # The Catch games of "On the Transferability of Deep-Q Networks" (Sabatelli and Geurts, arXiv 2110.02639; thesis ch. 8)
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9", "pillow>=10"]
+# dependencies = ["gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9.2", "pillow>=10"]
 # ///
 """Catch: five small games of one family, to study in minutes on a laptop whether a Deep-Q network transfers.
 

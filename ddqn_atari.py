@@ -7,7 +7,7 @@
 #
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "gymnasium>=1.1", "ale-py>=0.12", "numpy>=1.26", "tyro>=0.9", "tensorboard>=2.16",
+# dependencies = ["torch>=2.11", "gymnasium>=1.1", "ale-py>=0.12", "numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.18",
 #                 "pillow>=10"]
 # ///
 import os
@@ -107,7 +107,7 @@ class Args:
     eval_epsilon: float = 0.05
     """epsilon of the policy in evaluations"""
     checkpoint_frequency: Optional[int] = None
-    """agent steps between checkpoints, 0 for none but the last (None: 250,000 on the ALE, 10,000 elsewhere)"""
+    """agent steps between checkpoints, 0 for none but the last (None: 100,000 on the ALE, 10,000 elsewhere)"""
     save_buffer: bool = False
     """save the replay memory with each checkpoint: a resumed run then equals an uninterrupted one"""
     resume: Optional[str] = None
@@ -134,7 +134,7 @@ KIND_DEFAULTS = {
     "learning_starts": (50_000, 5_000),
     "eval_frequency": (250_000, 5_000),
     "eval_episodes": (10, 100),
-    "checkpoint_frequency": (250_000, 10_000),
+    "checkpoint_frequency": (100_000, 10_000),
 }
 
 
@@ -164,11 +164,14 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
             game, num_envs, autoreset_mode=AutoresetMode.NEXT_STEP, max_num_frames_per_episode=108_000, frameskip=4,
             repeat_action_probability=args.repeat_action_probability, full_action_space=args.full_action_space,
             noop_max=30, use_fire_reset=True, episodic_life=False, life_loss_info=False, reward_clipping=False,
-            img_height=84, img_width=84, grayscale=True, maxpool=args.maxpool, stack_num=1,
+            img_height=84, img_width=84, grayscale=True, maxpool=args.maxpool, stack_num=1, continuous=False,
+            continuous_action_threshold=0.5, batch_size=0, num_threads=0, thread_affinity_offset=-1,
         )  # fmt: skip
     try:
         envs = gym.make_vec(args.env_id, num_envs=num_envs)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        fail(f"--env-id {args.env_id}: no module named {error.name!r}, put {error.name}.py beside this script")
+    except (gym.error.Error, ValueError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     space = envs.single_observation_space
     if space.shape != (4, 84, 84) or space.dtype != np.uint8:

@@ -96,9 +96,7 @@ if __name__ == "__main__":
         rows.append(row)
         print(f"round {number + 1}: " + "  ".join(f"{value:,.1f}" for value in row), flush=True)
     medians = [statistics.median(column) for column in zip(*rows)]
-    print(
-        f"\n| {args.game}, {os.cpu_count()} cores, median of {args.rounds} | before learning | learning |\n|---|---|---|"
-    )
+    print(f"\n| {args.game}, {os.cpu_count()} cores, median of {args.rounds} | before learning | learning |\n|-|-|-|")
     print(f"| {args.script} {args.flags} | {medians[0]:,.0f} | {medians[1]:,.1f} |")
     if args.peer:
         print(f"| {args.peer} | {medians[2]:,.0f} | {medians[3]:,.1f} |")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from ale_py.vector_env import AtariVectorEnv
 from conftest import ROOT, only_run, run, scalars
+from gymnasium.vector import AutoresetMode
 from PIL import Image
 
 SCRIPTS = ["ddqn_atari"]
@@ -216,6 +217,23 @@ def atari_args(module, env_id, **flags):
     return module.Args(env_id=env_id, **flags)
 
 
+def test_every_setting_of_ale_is_explicit(module, monkeypatch):
+    """Its defaults are traps: clipped rewards cannot be undone, `episodic_life` restarts the game."""
+    passed = {}
+    monkeypatch.setattr(module, "AtariVectorEnv", lambda game, num_envs, **settings: passed.update(settings))
+    module.make_envs(atari_args(module, "ALE/Pong-v5"), 8)
+    assert passed == {
+        "frameskip": 4, "repeat_action_probability": 0.0, "full_action_space": False, "noop_max": 30, "maxpool": True,
+        "use_fire_reset": True, "episodic_life": False, "life_loss_info": False, "reward_clipping": False,
+        "max_num_frames_per_episode": 108_000, "autoreset_mode": AutoresetMode.NEXT_STEP, "stack_num": 1,
+        "img_height": 84, "img_width": 84, "grayscale": True, "continuous": False, "continuous_action_threshold": 0.5,
+        "batch_size": 0, "num_threads": 0, "thread_affinity_offset": -1,
+    }  # fmt: skip
+    flags = {"repeat_action_probability": 0.25, "full_action_space": True, "maxpool": False}
+    module.make_envs(atari_args(module, "ALE/Pong-v5", **flags), 8)
+    assert flags.items() <= passed.items()
+
+
 def test_stacks_from_single_frames_equal_ale_s_own(module):
     args = atari_args(module, "ALE/Breakout-v5")
     envs = module.make_envs(args, 2)
@@ -330,15 +348,14 @@ def test_another_seed_another_run(script, source, tmp_path, toy_flags):
     assert not torch.equal(other["q_network"]["network.0.weight"], source(script)[1]["q_network"]["network.0.weight"])
 
 
-def start_and_kill(command, cwd, number, after):
-    """Start a command, send it signal `number` once it has saved a checkpoint and `after` more seconds have passed."""
+def start_and_kill(command, cwd, number):
+    """Start a command and send it signal `number` once it has saved a checkpoint."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
     process = subprocess.Popen(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for _ in range(1000):
-        if list(Path(cwd).glob("runs/*/*.pt")) or process.poll() is not None:
+    for _ in range(4000):
+        if list(Path(cwd).glob("runs/*/*[!0-9].pt")) or process.poll() is not None:
             break
-        time.sleep(0.1)
-    time.sleep(after)
+        time.sleep(0.05)
     process.send_signal(number)
     out, _ = process.communicate(timeout=120)
     return process.returncode, out
@@ -348,7 +365,7 @@ def start_and_kill(command, cwd, number, after):
 def test_a_killed_run_resumes_to_the_last_bit(script, source, tmp_path, toy_flags, number):
     straight_path, straight = source(script)
     command = [sys.executable, str(ROOT / f"{script}.py"), *toy_flags, "--save-buffer", "--checkpoint-frequency", "300"]
-    code, out = start_and_kill(command, tmp_path, number, 1.0)
+    code, out = start_and_kill(command, tmp_path, number)
     assert code == 128 + number and "--resume" in out, out
     path = only_run(tmp_path / "runs") / f"{script}.pt"
     assert torch.load(path)["global_step"] < straight["global_step"]
