@@ -581,7 +581,7 @@ if __name__ == "__main__":
     sums = torch.zeros(5, device=device)  # since the last log: td_loss, q_values, updates; max_q, forward passes
     stacks = torch.zeros((args.num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
     episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
-    over, env_seed, action_log, refill, memory = np.zeros(args.num_envs, bool), seed_for(0, global_step), [], 0, None
+    over, env_seed, action_log, memory = np.zeros(args.num_envs, bool), seed_for(0, global_step), bytearray(), None
     if args.resume:
         for group in checkpoint["optimizer"]["param_groups"]:
             group.update(lr=args.learning_rate, capturable=use_graphs)
@@ -595,14 +595,14 @@ if __name__ == "__main__":
         if os.path.exists(memory_path):
             memory = torch.load(memory_path, map_location="cpu", weights_only=True)
             rb.load_state_dict(memory["replay"])
-            env_seed, action_log = memory["env_seed"], list(memory["actions"].numpy().astype(np.int64))
+            env_seed, action_log, refill = memory["env_seed"], bytearray(memory["actions"].numpy()), memory["refill"]
             over, episode_returns, episode_lengths = (memory[name].numpy() for name in ("over", "returns", "lengths"))
     obs, infos = envs.reset(seed=env_seed)
     if memory:
         # Emulators can't be saved, but they are deterministic: equal actions lead to equal states
         say(f"resuming at step {global_step:,}: replaying {len(action_log):,} actions to bring the games back there")
-        for actions in action_log:
-            obs, _, _, _, infos = envs.step(actions)
+        for actions in np.frombuffer(action_log, np.uint8).reshape(-1, args.num_envs):
+            obs, _, _, _, infos = envs.step(actions.astype(np.int64))
             if signals:
                 sys.exit(128 + signals[0])
         stacks.copy_(memory["stacks"])
@@ -649,9 +649,10 @@ if __name__ == "__main__":
         memory_path = os.path.join(run_dir, f"{args.exp_name}_buffer_{global_step}.pt")
         if args.save_buffer:
             arrays = {"over": over, "returns": episode_returns, "lengths": episode_lengths}
-            arrays["actions"] = np.array(action_log, np.uint8).reshape(-1, args.num_envs)
+            arrays["actions"] = np.array(action_log)
             memory = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            save_atomically(memory | {"env_seed": env_seed, "stacks": stacks, "replay": rb.state_dict()}, memory_path)
+            memory |= {"env_seed": env_seed, "refill": refill, "stacks": stacks, "replay": rb.state_dict()}
+            save_atomically(memory, memory_path)
         networks = {"q_network": q_network.state_dict(), "target_network": target_network.state_dict()}
         state = {"args": vars(args), "global_step": global_step, **networks, "optimizer": optimizer.state_dict()}
         state |= {"updates": updates, "evaluated_at": evaluated_at, "action_meanings": meanings, "sums": sums}
@@ -716,7 +717,7 @@ if __name__ == "__main__":
         rb.add(actions, np.clip(rewards, -1, 1), dones, obs[:, -1], restarted)
         push_frame(stacks, obs[:, -1], restarted)
         if args.save_buffer:
-            action_log.append(actions)
+            action_log += actions.astype(np.uint8).tobytes()
         steps = args.num_envs - int(restarted.sum())  # an autoreset is no step
         previous_step, global_step = global_step, global_step + (steps if refill <= 0 else 0)
         refill -= steps

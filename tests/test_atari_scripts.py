@@ -361,12 +361,13 @@ def start_and_kill(command, cwd, number):
     return process.returncode, out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_resumes_to_the_last_bit(script, source, tmp_path, toy_flags, number):
     straight_path, straight = source(script)
     command = [sys.executable, str(ROOT / f"{script}.py"), *toy_flags, "--save-buffer", "--checkpoint-frequency", "300"]
     code, out = start_and_kill(command, tmp_path, number)
-    assert code == 128 + number and "--resume" in out, out
+    assert code == (-number if number == signal.SIGKILL else 128 + number), out
+    assert number == signal.SIGKILL or "--resume" in out
     path = only_run(tmp_path / "runs") / f"{script}.pt"
     assert torch.load(path)["global_step"] < straight["global_step"]
     out = run(f"{script}.py", "--resume", path, "--checkpoint-frequency", 500, cwd=tmp_path).stdout
