@@ -1,6 +1,6 @@
 """Agent steps per second of a script before and while learning, and of Stable-Baselines3's DQN, in alternation.
 
-    python tests/benchmark_rl.py --flags "--no-double --optimizer adam" --peer sb3
+    python tests/benchmark_rl.py --flags="--no-double --optimizer adam" --peer sb3
 
 The peer needs `pip install stable-baselines3 opencv-python`. It gets the same network, batch size, replay memory,
 exploration and number of updates per step, and the settings of RL-Zoo for the rest. Not collected by pytest.

@@ -46,7 +46,7 @@ def test_every_flag_is_explained(script):
 
 
 def test_the_readme_names_only_flags_that_exist():
-    known = {"--help"}
+    known = {"--help", "--flags", "--peer"}  # the last two are those of tests/benchmark_rl.py
     for script in SCRIPTS:
         module = importlib.import_module(script)
         if hasattr(module, "Args"):
