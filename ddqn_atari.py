@@ -76,8 +76,8 @@ class Args:
     """agent steps in all, each of 4 frames on the ALE (None: 10,000,000 on the ALE, 40,000 elsewhere)"""
     learning_rate: float = 2.5e-4
     """the learning rate of the optimizer"""
-    optimizer: Optional[Literal["rmsprop", "adam"]] = None
-    """RMSprop as in the papers, or Adam (None: rmsprop on the ALE, adam elsewhere)"""
+    optimizer: Optional[Literal["rmsprop", "adam", "sgd"]] = None
+    """RMSprop as in the papers, Adam or SGD (None: rmsprop on the ALE, adam elsewhere)"""
     buffer_size: int = 400_000
     """capacity of the replay memory in transitions, 7,056 bytes each"""
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -117,7 +117,7 @@ class Args:
 
     # Transfer
     pretrained: Optional[str] = None
-    """checkpoint of another game whose layers are copied, all but the head that estimates Q"""
+    """checkpoint of another game whose layers are copied, all but the heads (the last layers)"""
     pretrained_head: Optional[str] = None
     """checkpoint from which the head is copied (the thesis' hybrid)"""
     keep_head: bool = False
@@ -125,6 +125,11 @@ class Args:
     freeze_features: bool = False
     """train the head only"""
 
+
+ALGORITHM = "DDQN"
+
+# what `learn` returns, logged as losses/...
+LOSSES = ("td_loss", "q_values")
 
 # flag: (papers' value for the ALE, value for Catch and other small games)
 KIND_DEFAULTS = {
@@ -219,6 +224,30 @@ def td_target(q_network, target_network, next_obs, rewards, dones, gamma: float,
     next_q = target_network(next_obs)
     best = (q_network(next_obs) if double else next_q).argmax(dim=1, keepdim=True)
     return rewards + gamma * next_q.gather(1, best).squeeze(1) * ~dones
+
+
+def learn(batch, gamma: float, q_network, target_network, optimizer, double: bool) -> torch.Tensor:
+    """One update with a `batch` of `Replay.sample`; returns what LOSSES names, float32 `(2,)`."""
+    obs, actions, rewards, next_obs, dones = batch
+    target = td_target(q_network, target_network, next_obs, rewards, dones, gamma, double)
+    q = q_network(obs).gather(1, actions[:, None]).squeeze(1)
+    q_loss = F.smooth_l1_loss(q, target)  # Huber, as in the authors' code
+    optimizer.zero_grad()
+    q_loss.backward()
+    optimizer.step()
+    return torch.stack((q_loss, q.mean())).detach()
+
+
+def make_optimizer(name: str, network: nn.Module, learning_rate: float, capturable: bool) -> torch.optim.Optimizer:
+    """The optimizer of the parameters of `network` that are not frozen; `capturable` in a CUDA graph."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if name == "adam":
+        return torch.optim.Adam(trained, learning_rate, eps=1.5e-4, fused=True, capturable=capturable)
+    if name == "sgd":
+        return torch.optim.SGD(trained, learning_rate)
+    # Mnih et al.'s 0.01 is under the root and their gradients are sums over the batch of 32, ours are means
+    eps = 0.01**0.5 / 32
+    return torch.optim.RMSprop(trained, learning_rate, 0.95, eps, centered=True, capturable=capturable)
 
 
 class Replay:
@@ -340,11 +369,12 @@ def linear_schedule(start_e: float, end_e: float, duration: float, t: int) -> fl
 
 
 @torch.no_grad()
-def evaluate(args: Args, envs, network, device, seed: int, gif: Optional[str], stopped: Callable[[], bool]):
+def evaluate(args: Args, envs, look: Callable, device, seed: int, gif: Optional[str], stopped: Callable[[], bool]):
     """Play `eval_episodes` full games, each of `envs` a fixed share of them, and return the scalars to log.
 
-    Values are compared on equal terms: `max_q` and `discounted_return` (the discounted return-to-go) are means over
-    all visited states, with rewards clipped and cut where training cuts. Returns None if `stopped()` before the end.
+    `look` takes stacks and returns the greedy actions and named values, all `(N,)`. Values are compared on equal
+    terms: they and `discounted_return` (the discounted return-to-go) are means over all visited states, with rewards
+    clipped and cut where training cuts. Returns None if `stopped()` before the end.
     """
     num_envs, rng = envs.num_envs, np.random.default_rng(seed)
     obs, infos = envs.reset(seed=seed)
@@ -357,7 +387,7 @@ def evaluate(args: Args, envs, network, device, seed: int, gif: Optional[str], s
     while to_play.any():
         if stopped():
             return None
-        best, greedy = network(stacks).max(dim=1)
+        greedy, values = look(stacks)
         explore = rng.random(num_envs) < args.eval_epsilon
         random_actions = rng.integers(envs.single_action_space.n, size=num_envs)
         actions = np.where(explore, random_actions, greedy.cpu().numpy())
@@ -366,7 +396,7 @@ def evaluate(args: Args, envs, network, device, seed: int, gif: Optional[str], s
         cuts = terminations | truncations
         if lives is not None:
             cuts, lives = cuts | (infos["lives"] < lives) & args.life_loss_terminal, infos["lives"]
-        trace.append((playing, np.clip(rewards, -1, 1), cuts, best.cpu().numpy()))
+        trace.append((playing, np.clip(rewards, -1, 1), cuts, *(value.cpu().numpy() for value in values.values())))
         push_frame(stacks, obs[:, -1], over)
         running += rewards * playing
         if gif and to_play[0] == first_share and playing[0]:
@@ -378,7 +408,7 @@ def evaluate(args: Args, envs, network, device, seed: int, gif: Optional[str], s
             to_play[i] -= 1
             if "caught" in infos:
                 caught, balls = caught + int(infos["caught"][i]), balls + int(infos["balls"][i])
-    playing, rewards, cuts, best = (np.stack(column) for column in zip(*trace))
+    playing, rewards, cuts, *columns = (np.stack(column) for column in zip(*trace))
     to_go = np.zeros(rewards.shape)
     for t in reversed(range(len(rewards))):
         to_go[t] = rewards[t] + (args.gamma * to_go[t + 1] * ~cuts[t] if t + 1 < len(rewards) else 0.0)
@@ -388,7 +418,8 @@ def evaluate(args: Args, envs, network, device, seed: int, gif: Optional[str], s
         os.replace(gif + ".tmp", gif)
         say(f"saved the first game, {len(pictures)} frames, to {gif}")
     scalars = {"episodic_return": float(np.mean(returns)), "episodic_return_std": float(np.std(returns))}
-    scalars |= {"max_q": float(best[playing].mean()), "discounted_return": float(to_go[playing].mean())}
+    for name, column in zip((*values, "discounted_return"), (*columns, to_go)):
+        scalars[name] = float(column[playing].mean())
     return scalars | ({"caught": caught / balls} if balls else {})
 
 
@@ -417,27 +448,34 @@ def copy_layers(network: nn.Module, source: dict, names: list[str], path: str) -
     network.load_state_dict({**state, **{name: source[name] for name in names}})
 
 
-def transfer(args: Args, network: nn.Module, meanings: list[str]) -> None:
-    """Initialise `network` from --pretrained and --pretrained-head, and print what was loaded and what is frozen."""
-    names = list(network.state_dict())
-    features, head = names[:-2], names[-2:]  # the head is the last layer: weight and bias
+def transfer(args: Args, networks: dict[str, nn.Module], meanings: list[str]) -> None:
+    """Initialise `networks` from --pretrained and --pretrained-head, and print what was loaded and what is frozen.
+
+    A network that the checkpoint lacks (V in one of DQN) gets the layers of its `q_network`, but never the head.
+    """
     sources = {}
-    for path, part in ((args.pretrained, features + head * args.keep_head), (args.pretrained_head, head)):
-        if path:
-            checkpoint = load_checkpoint(path)
-            if head[0] in part and checkpoint.get("action_meanings") != meanings:
-                known = checkpoint.get("action_meanings", "unknown")
-                fail(f"the head of {path} does not fit, its actions are {known}, those of {args.env_id} {meanings}")
-            copy_layers(network, checkpoint["q_network"], part, path)
-            sources |= dict.fromkeys(part, path)
-    rows = {"initialised at random": [name for name in names if name not in sources]}
-    for path in dict.fromkeys(sources.values()):
-        rows[f"loaded from {path}"] = [name for name in names if sources.get(name) == path]
-    rows["frozen"] = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
-    for what, members in rows.items():
-        count = sum(network.get_parameter(name).numel() for name in members)
-        layers = dict.fromkeys(name.rsplit(".", 1)[0] for name in members)
-        say(f"{count:>9,} parameters {what}: {', '.join(layers) or 'none'}")
+    for path, features, head in ((args.pretrained, True, args.keep_head), (args.pretrained_head, False, True)):
+        checkpoint = load_checkpoint(path) if path else {}
+        if path and head and checkpoint.get("action_meanings") != meanings:
+            known = checkpoint.get("action_meanings", "unknown")
+            fail(f"the head of {path} does not fit, its actions are {known}, those of {args.env_id} {meanings}")
+        for key, network in networks.items() if path else ():
+            names = list(network.state_dict())  # the head is the last layer: weight and bias
+            part = names[:-2] * features + names[-2:] * (head and key in checkpoint)
+            copy_layers(network, checkpoint.get(key, checkpoint["q_network"]), part, path)
+            sources |= {(key, name): path for name in part}
+    for key, network in networks.items():
+        names = list(network.state_dict())
+        rows = {"initialised at random": [name for name in names if (key, name) not in sources]}
+        for path in dict.fromkeys(sources.values()):
+            rows[f"loaded from {path}"] = [name for name in names if sources.get((key, name)) == path]
+        rows["frozen"] = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+        for what, members in rows.items():
+            size = sum(network.get_parameter(name).numel() for name in members)
+            layers = dict.fromkeys(name.rsplit(".", 1)[0] for name in members)
+            say(f"{key}: {size:,} parameters {what}: {', '.join(layers) or 'none'}")
+    size = sum(parameter.numel() for parameter in nn.ModuleList(networks.values()).parameters())
+    say(f"{size:,} parameters in all")
 
 
 def save_atomically(data: dict, path: str) -> None:
@@ -474,8 +512,11 @@ if __name__ == "__main__":
         if not args.evaluate:
             if "optimizer" not in checkpoint:
                 fail(f"{args.resume} has no training state to resume; --pretrained takes its layers into a new run")
-            for name in "env_id exp_name optimizer pretrained pretrained_head keep_head freeze_features".split():
-                was, now = checkpoint["args"].get(name), getattr(args, name)
+            if checkpoint.get("algorithm", ALGORITHM) != ALGORITHM:
+                fail(f"{args.resume} is a run of {checkpoint['algorithm']}, which {ALGORITHM} cannot continue")
+            fixed = "env_id exp_name architecture optimizer v_optimizer pretrained pretrained_head keep_head"
+            for name in (*fixed.split(), "freeze_features"):
+                was, now = checkpoint["args"].get(name), getattr(args, name, None)
                 if was != now:
                     fail(f"--resume continues a run with {name} {was}, not {now}")
     on_the_ale = args.env_id.startswith("ALE/")
@@ -513,20 +554,32 @@ if __name__ == "__main__":
         """A seed for environments; those of run 2 must not be those of run 1 shifted by one."""
         return int(np.random.SeedSequence((args.seed, *purpose)).generate_state(1)[0] >> 2)
 
-    # env setup
+    # TRY NOT TO MODIFY: env setup
     envs = make_envs(args, min(args.eval_episodes, 16) if args.evaluate else args.num_envs)
     num_actions, meanings = int(envs.single_action_space.n), action_meanings(args, envs)
     say(f"{args.env_id}: {envs.num_envs} games, {num_actions} actions ({', '.join(meanings)}), network on {device}")
     if on_the_ale:
         say(f"frame skip 4, sticky actions {args.repeat_action_probability}, a lost life is "
             f"{'' if args.life_loss_terminal else 'not '}terminal for the learner, maxpool {args.maxpool}")  # fmt: skip
-    # channels_last: the memory layout of the fast convolutions
-    q_network = QNetwork(num_actions).to(device, memory_format=torch.channels_last)
 
+    # ALGO LOGIC: networks
+    q_network = QNetwork(num_actions).to(device, memory_format=torch.channels_last)  # the layout of fast convolutions
+    networks = {"q_network": q_network}
+    target_network = QNetwork(num_actions).to(device, memory_format=torch.channels_last)
+
+    def look(stacks: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        max_q, actions = q_network(stacks).max(dim=1)
+        return actions, {"max_q": max_q}
+
+    # TRY NOT TO MODIFY: checkpoints
+    for name, network in networks.items() if checkpoint else ():
+        path = args.evaluate or args.resume
+        if name not in checkpoint:
+            fail(f"{path} has no {name}: it is not a checkpoint of {ALGORITHM}, which only --pretrained can start from")
+        copy_layers(network, checkpoint[name], list(network.state_dict()), path)
     if args.evaluate:
-        copy_layers(q_network, checkpoint["q_network"], list(q_network.state_dict()), args.evaluate)
         gif = os.path.splitext(args.evaluate)[0] + ".gif" if args.capture_video else None
-        result = evaluate(args, envs, q_network, device, seed_for(1), gif, lambda: bool(signals))
+        result = evaluate(args, envs, look, device, seed_for(1), gif, lambda: bool(signals))
         if result is None:
             sys.exit(128 + signals[0])
         mean, std = result.pop("episodic_return"), result.pop("episodic_return_std")
@@ -534,23 +587,17 @@ if __name__ == "__main__":
               f"(mean, standard deviation, n = {args.eval_episodes})")  # fmt: skip
         print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
         sys.exit()
+    for network in networks.values():
+        for parameter in list(network.parameters())[:-2]:
+            parameter.requires_grad_(not args.freeze_features)
+    if not args.resume:
+        transfer(args, networks, meanings)
 
-    for parameter in list(q_network.parameters())[:-2]:
-        parameter.requires_grad_(not args.freeze_features)
-    if args.resume:
-        copy_layers(q_network, checkpoint["q_network"], list(q_network.state_dict()), args.resume)
-    else:
-        transfer(args, q_network, meanings)
-    target_network = QNetwork(num_actions).to(device, memory_format=torch.channels_last)
+    # ALGO LOGIC: target network and optimizer
     target_network.load_state_dict(checkpoint.get("target_network", q_network.state_dict()))
-    trained = [parameter for parameter in q_network.parameters() if parameter.requires_grad]
-    if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(trained, args.learning_rate, eps=1.5e-4, fused=True, capturable=use_graphs)
-    else:
-        # Mnih et al.'s 0.01 is under the root and their gradients are sums over the batch of 32, ours are means
-        eps = 0.01**0.5 / 32
-        optimizer = torch.optim.RMSprop(trained, args.learning_rate, 0.95, eps, centered=True, capturable=use_graphs)
+    optimizers = {"optimizer": make_optimizer(args.optimizer, q_network, args.learning_rate, use_graphs)}
 
+    # TRY NOT TO MODIFY: replay memory
     rb = make_replay(args, device)
 
     # TRY NOT TO MODIFY: the run's folder and logs
@@ -576,16 +623,17 @@ if __name__ == "__main__":
     table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", global_step)
 
-    # The state of the run, fresh or as the checkpoint has it
+    # TRY NOT TO MODIFY: the state of the run, fresh or as the checkpoint has it
     updates, evaluated_at = checkpoint.get("updates", 0), checkpoint.get("evaluated_at", 0)
-    sums = torch.zeros(5, device=device)  # since the last log: td_loss, q_values, updates; max_q, forward passes
+    sums = torch.zeros(len(LOSSES) + 3, device=device)  # since the last log: LOSSES, updates; max_q, forward passes
     stacks = torch.zeros((args.num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
     episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
     over, env_seed, action_log, memory = np.zeros(args.num_envs, bool), seed_for(0, global_step), bytearray(), None
     if args.resume:
-        for group in checkpoint["optimizer"]["param_groups"]:
-            group.update(lr=args.learning_rate, capturable=use_graphs)
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for name, optimizer in optimizers.items():
+            for group, mine in zip(checkpoint[name]["param_groups"], optimizer.param_groups):
+                group.update(lr=mine["lr"], capturable=use_graphs)
+            optimizer.load_state_dict(checkpoint[name])
         rng.bit_generator.state = checkpoint["rng"]["numpy"]
         torch.set_rng_state(checkpoint["rng"]["torch"])
         if on_cuda and checkpoint["rng"]["cuda"] is not None:
@@ -615,35 +663,36 @@ if __name__ == "__main__":
             say(f"resuming at step {global_step:,} without a saved replay memory: {refill:,} steps refill it first")
     lives = infos.get("lives")
 
-    # ALGO LOGIC: acting and training, all on the device
+    # TRY NOT TO MODIFY: acting, all on the device
     greedy = torch.zeros(args.num_envs, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def act() -> None:
         best, actions = q_network(stacks).max(dim=1)
         greedy.copy_(actions)
-        sums[3:] += torch.stack((best.mean(), torch.ones_like(best[0])))
+        sums[-2:] += torch.stack((best.mean(), torch.ones_like(best[0])))
 
+    # ALGO LOGIC: training, all on the device
     def update() -> None:
-        obs, actions, rewards, next_obs, dones = (x.to(device) for x in rb.sample(args.batch_size))
-        target = td_target(q_network, target_network, next_obs, rewards, dones, args.gamma, args.double)
-        q = q_network(obs).gather(1, actions[:, None]).squeeze(1)
-        loss = F.smooth_l1_loss(q, target)  # Huber, as in the authors' code
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        sums[:3] += torch.stack((loss, q.mean(), torch.ones_like(loss))).detach()
+        batch = [x.to(device) for x in rb.sample(args.batch_size)]
+        sums[:-3] += learn(batch, args.gamma, q_network, target_network, **optimizers, double=args.double)
+        sums[-3] += 1
 
+    # TRY NOT TO MODIFY: CUDA graphs
     if use_graphs:
-        if not optimizer.state:  # which its first step makes, but a graph needs its addresses
-            for parameter in trained:
-                parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
-            for moment in [moment for moments in optimizer.state.values() for moment in moments.values()]:
-                moment.zero_()
-        moments = [moment for moments in optimizer.state.values() for moment in moments.values()]
-        act, update = capture(act, [sums]), capture(update, [sums, *trained, *moments])
+        state = [sums, *nn.ModuleList(networks.values()).parameters()]
+        for optimizer in optimizers.values():
+            if not optimizer.state:  # which its first step makes, but a graph needs its addresses
+                for parameter in optimizer.param_groups[0]["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+                optimizer.step()
+                for moments in optimizer.state.values():
+                    for moment in moments.values():
+                        moment.zero_()
+            state += [moment for moments in optimizer.state.values() for moment in moments.values()]
+        act, update = capture(act, [sums]), capture(update, state)
 
+    # TRY NOT TO MODIFY: checkpoints and the replay memory
     def save() -> None:
         """Write the checkpoint, after the replay memory that belongs to it and before the older one is removed."""
         memory_path = os.path.join(run_dir, f"{args.exp_name}_buffer_{global_step}.pt")
@@ -653,8 +702,9 @@ if __name__ == "__main__":
             memory = {name: torch.from_numpy(array) for name, array in arrays.items()}
             memory |= {"env_seed": env_seed, "refill": refill, "stacks": stacks, "replay": rb.state_dict()}
             save_atomically(memory, memory_path)
-        networks = {"q_network": q_network.state_dict(), "target_network": target_network.state_dict()}
-        state = {"args": vars(args), "global_step": global_step, **networks, "optimizer": optimizer.state_dict()}
+        learners = networks | {"target_network": target_network} | optimizers
+        state = {"algorithm": ALGORITHM, "args": vars(args), "global_step": global_step}
+        state |= {name: learner.state_dict() for name, learner in learners.items()}
         state |= {"updates": updates, "evaluated_at": evaluated_at, "action_meanings": meanings, "sums": sums}
         generators = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if on_cuda else None}
         state |= {"rng": {"numpy": rng.bit_generator.state, **generators}}
@@ -674,7 +724,7 @@ if __name__ == "__main__":
             gif = os.path.join(run_dir, f"eval_{global_step}.gif") if args.capture_video else None
             eval_envs = eval_envs or make_envs(args, min(args.eval_episodes, 16))
             seed = seed_for(1, global_step)  # of its own: training is the same with and without evaluations
-            result = evaluate(args, eval_envs, q_network, device, seed, gif, lambda: bool(signals))
+            result = evaluate(args, eval_envs, look, device, seed, gif, lambda: bool(signals))
             if result is not None:
                 evaluated_at = global_step
                 for name, value in result.items():
@@ -689,7 +739,7 @@ if __name__ == "__main__":
             break
         window_start += time.perf_counter() - paused  # SPS leaves evaluations out
 
-        # ALGO LOGIC: put action logic here
+        # TRY NOT TO MODIFY: epsilon-greedy actions
         learning_step = global_step - args.learning_starts
         duration = args.exploration_fraction * args.total_timesteps
         epsilon = 1.0 if learning_step < 0 else linear_schedule(args.start_e, args.end_e, duration, learning_step)
@@ -703,7 +753,7 @@ if __name__ == "__main__":
         if on_the_ale:
             envs.send(actions)
 
-        # ALGO LOGIC: training
+        # TRY NOT TO MODIFY: training
         while refill <= 0 and updates < learning_step // args.train_frequency:
             update()
             updates += 1
@@ -732,11 +782,10 @@ if __name__ == "__main__":
                 recent.append(episode_returns[i])
             episode_returns[i] = episode_lengths[i] = 0
         if global_step // 1_000 > previous_step // 1_000:
-            td_loss, q_values, n_updates, max_q, n_acts = sums.tolist()  # the only place where logging waits
+            *losses, n_updates, max_q, n_acts = sums.tolist()  # the only place where logging waits
             sums.zero_()
-            if n_updates:
-                writer.add_scalar("losses/td_loss", td_loss / n_updates, global_step)
-                writer.add_scalar("losses/q_values", q_values / n_updates, global_step)
+            for name, value in zip(LOSSES, losses) if n_updates else ():
+                writer.add_scalar(f"losses/{name}", value / n_updates, global_step)
             if n_acts:
                 writer.add_scalar("charts/max_q", max_q / n_acts, global_step)
             now = time.perf_counter()
@@ -750,10 +799,11 @@ if __name__ == "__main__":
                 say(f"step {global_step:,}/{args.total_timesteps:,} ({share:.1%})  SPS {sps:,.0f}  ETA {left}  "
                     f"return {score}  epsilon {epsilon:.3f}", stay=False)  # fmt: skip
 
-        # update target network
+        # ALGO LOGIC: update target network
         if global_step // args.target_network_frequency > previous_step // args.target_network_frequency:
             target_network.load_state_dict(q_network.state_dict())
 
+    # TRY NOT TO MODIFY: the end
     writer.close()
     say(f"saved {checkpoint_path}")
     if signals:
