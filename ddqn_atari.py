@@ -70,10 +70,10 @@ class Args:
     """ALE: maximum over the last two frames, against flicker; the authors' environments had none"""
 
     # Algorithm specific arguments. None stands for the default of the kind of game, see KIND_DEFAULTS.
-    double: bool = True
-    """Double DQN; `--no-double` is DQN"""
     total_timesteps: Optional[int] = None
     """agent steps in all, each of 4 frames on the ALE (None: 10,000,000 on the ALE, 40,000 elsewhere)"""
+    double: bool = True
+    """Double DQN; `--no-double` is DQN"""
     learning_rate: float = 2.5e-4
     """the learning rate of the optimizer"""
     optimizer: Optional[Literal["rmsprop", "adam", "sgd"]] = None
@@ -593,7 +593,7 @@ if __name__ == "__main__":
     if not args.resume:
         transfer(args, networks, meanings)
 
-    # ALGO LOGIC: target network and optimizer
+    # ALGO LOGIC: target network and optimizers
     target_network.load_state_dict(checkpoint.get("target_network", q_network.state_dict()))
     optimizers = {"optimizer": make_optimizer(args.optimizer, q_network, args.learning_rate, use_graphs)}
 

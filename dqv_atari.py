@@ -70,10 +70,10 @@ class Args:
     """ALE: maximum over the last two frames, against flicker; the authors' environments had none"""
 
     # Algorithm specific arguments. None stands for the default of the kind of game, see KIND_DEFAULTS.
-    architecture: Literal["separate", "hard", "dueling-1st", "dueling-2nd", "dueling-3rd", "tiny"] = "separate"
-    """two networks; one for both; V's hidden layer on Q's 1st, 2nd or 3rd convolution; or two narrow networks"""
     total_timesteps: Optional[int] = None
     """agent steps in all, each of 4 frames on the ALE (None: 10,000,000 on the ALE, 40,000 elsewhere)"""
+    architecture: Literal["separate", "hard", "dueling-1st", "dueling-2nd", "dueling-3rd", "tiny"] = "separate"
+    """two networks; one for both; V's hidden layer on Q's 1st, 2nd or 3rd convolution; or two narrow networks"""
     learning_rate: float = 2.5e-4
     """the learning rate of Q's optimizer"""
     v_learning_rate: float = 1e-3
@@ -201,7 +201,7 @@ def action_meanings(args: Args, envs: gym.vector.VectorEnv) -> list[str]:
 
 # ALGO LOGIC: initialize agent here:
 class QNetwork(nn.Module):
-    """The network of Mnih et al. (2015), or one of other widths: uint8 `(B, 4, 84, 84)` -> values `(B, num_outputs)`."""
+    """The network of Mnih et al. (2015), at any widths: uint8 `(B, 4, 84, 84)` -> values `(B, num_outputs)`."""
 
     def __init__(self, num_outputs: int, widths: tuple[int, int, int, int] = (32, 64, 64, 512)):
         super().__init__()
@@ -223,7 +223,7 @@ class QNetwork(nn.Module):
 
 
 def make_networks(architecture: str, num_actions: int) -> tuple[QNetwork, QNetwork]:
-    """Q with `num_actions` outputs and V with one, which share layers in some of the `--architecture`s of the papers."""
+    """Q with `num_actions` outputs and V with one; some `--architecture`s share layers (1909.01779, fig. 3)."""
     widths = (8, 16, 16, 128) if architecture == "tiny" else (32, 64, 64, 512)
     q_network, v_network = QNetwork(num_actions, widths), QNetwork(1, widths)
     if architecture == "hard":
@@ -238,7 +238,7 @@ def make_networks(architecture: str, num_actions: int) -> tuple[QNetwork, QNetwo
 
 @torch.no_grad()
 def td_target(target_network, next_obs, rewards, dones, gamma: float) -> torch.Tensor:
-    """r + gamma V(s'; target) `(B,)`, on which both networks regress (1909.01779, eq. 7 and 8)."""
+    """r + gamma V(s'; target) `(B,)`, on which both networks regress (1909.01779, eq. 7-8)."""
     return rewards + gamma * target_network(next_obs).squeeze(1) * ~dones
 
 

@@ -1,9 +1,9 @@
 # DQV-Max Learning (Sabatelli et al., 2019, arXiv 1909.01779), as used in "Contributions to Deep Transfer Learning"
 # (M. Sabatelli, 2022): V(s) regresses on r + gamma max_a Q(s', a), and Q(s, a) on r + gamma V(s').
 #
-#   python dqv_max_atari.py --env-id ALE/Pong-v5                                          train on an Atari game
-#   python dqv_max_atari.py --env-id ALE/Boxing-v5 --pretrained runs/.../dqv_max_atari.pt  transfer to another
-#   python dqv_max_atari.py --env-id catch_env:Catch-v0                                   minutes on a laptop's CPU
+#   python dqv_max_atari.py --env-id ALE/Pong-v5                                           train on an Atari game
+#   python dqv_max_atari.py --env-id ALE/Boxing-v5 --pretrained runs/.../dqv_max_atari.pt  transfer it to another
+#   python dqv_max_atari.py --env-id catch_env:Catch-v0                                    minutes on a laptop's CPU
 #
 # /// script
 # requires-python = ">=3.10"
@@ -222,7 +222,7 @@ class QNetwork(nn.Module):
 
 @torch.no_grad()
 def td_targets(v_network, target_network, next_obs, rewards, dones, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """For Q r + gamma V(s'), for V r + gamma max_a Q(s', a; target), both `(B,)` (1909.01779, eq. 10 and 9)."""
+    """For Q r + gamma V(s'), for V r + gamma max_a Q(s', a; target), both `(B,)` (1909.01779, eq. 9-10)."""
     q_target = rewards + gamma * v_network(next_obs).squeeze(1) * ~dones
     return q_target, rewards + gamma * target_network(next_obs).max(dim=1).values * ~dones
 

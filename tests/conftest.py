@@ -1,8 +1,12 @@
 """Helpers of the tests: run a script as a user does, read its event file, and small environments made for the tests."""
 
+import io
 import os
+import runpy
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two OpenMP threads beside ALE's own threads collapse on a busy machine
@@ -18,11 +22,23 @@ gym.logger.min_level = gym.logger.WARN
 torch.set_num_threads(1)
 
 
-def run(script, *args, cwd, check=True, timeout=300):
-    """Run `python script args` in `cwd` and return the completed process with text output."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=timeout)
+def run(script, *args, cwd, check=True):
+    """What `python script args` in `cwd` does, in this process, which saves seconds of imports; without a GPU."""
+    command = [str(ROOT / script), *map(str, args), *(["--no-cuda"] if script.endswith("_atari.py") else [])]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", command)
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            err.write(f"{end.code}\n" if isinstance(end.code, str) else "")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    done = subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
     if check and done.returncode:
         raise AssertionError(f"{script} {args} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done

@@ -1,4 +1,7 @@
-"""What the Atari scripts must do, each line for every one of them."""
+"""What the Atari scripts must do: runs for every one of them, parts that are equal to the letter once.
+
+That they are equal is held by `test_repository.py`; targets and updates are in `test_targets.py`.
+"""
 
 import importlib
 import os
@@ -20,12 +23,13 @@ from conftest import ROOT, only_run, run, scalars
 from gymnasium.vector import AutoresetMode
 from PIL import Image
 
-SCRIPTS = ["ddqn_atari"]
 TAGS = {
     "charts/episodic_return", "charts/episodic_length", "charts/epsilon", "charts/max_q",
     "losses/td_loss", "losses/q_values",
     "eval/episodic_return", "eval/episodic_return_std", "eval/max_q", "eval/discounted_return",
 }  # fmt: skip
+V_TAGS = TAGS | {"losses/v_loss", "losses/v_values", "eval/v_minus_max_q"}
+SCRIPTS = {"ddqn_atari": TAGS, "dqv_atari": V_TAGS, "dqv_max_atari": V_TAGS}
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -36,6 +40,29 @@ def script(request):
 @pytest.fixture
 def module(script):
     return importlib.import_module(script)
+
+
+@pytest.fixture
+def shared():
+    """One of the scripts, for parts that are equal in all."""
+    return importlib.import_module("ddqn_atari")
+
+
+def trunk(name):
+    return not name.startswith("network.9")
+
+
+def before_training(script):
+    """{network: state dict} of a run with seed 1 before its first update."""
+    module = importlib.import_module(script)
+    torch.manual_seed(1)
+    q_network = module.QNetwork(3)
+    if script == "ddqn_atari":
+        return {"q_network": q_network.state_dict(), "target_network": q_network.state_dict()}
+    v_network = module.QNetwork(1)
+    target = v_network if script == "dqv_atari" else q_network
+    networks = {"q_network": q_network, "v_network": v_network, "target_network": target}
+    return {name: network.state_dict() for name, network in networks.items()}
 
 
 @pytest.fixture(scope="session")
@@ -68,32 +95,10 @@ def test_network_is_the_nature_dqn_with_cleanrl_names(module):
     assert torch.allclose(network(frames), network.network(frames.float() / 255))
 
 
-def test_td_target_of_constant_networks():
-    td_target = importlib.import_module("ddqn_atari").td_target
-    online = lambda obs: torch.tensor([[1.0, 5.0, 2.0]]).expand(len(obs), 3).requires_grad_()  # noqa: E731
-    target = lambda obs: torch.tensor([[10.0, 20.0, 40.0]]).expand(len(obs), 3).requires_grad_()  # noqa: E731
-    obs, rewards, dones = torch.zeros(2, 1), torch.tensor([1.0, -1.0]), torch.tensor([False, True])
-    double = td_target(online, target, obs, rewards, dones, 0.5, double=True)
-    single = td_target(online, target, obs, rewards, dones, 0.5, double=False)
-    assert double.tolist() == [1 + 0.5 * 20, -1]  # value by the target network, argmax by the online one
-    assert single.tolist() == [1 + 0.5 * 40, -1]
-    assert not double.requires_grad and not single.requires_grad
-
-
-def test_td_target_of_linear_networks_chooses_per_state():
-    td_target = importlib.import_module("ddqn_atari").td_target
-    online, target = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
-    online.weight.data, target.weight.data = torch.eye(2), torch.tensor([[1.0, 3.0], [2.0, -1.0]])
-    states = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # online prefers action 0 in the first, 1 in the second
-    zeros, going_on = torch.zeros(2), torch.tensor([False, False])
-    assert td_target(online, target, states, zeros, going_on, 1.0, double=True).tolist() == [1.0, -1.0]
-    assert td_target(online, target, states, zeros, going_on, 1.0, double=False).tolist() == [2.0, 3.0]
-
-
-def test_linear_schedule(module):
-    epsilon = [module.linear_schedule(1.0, 0.1, 1000, t) for t in (0, 250, 500, 1000, 5000)]
+def test_linear_schedule(shared):
+    epsilon = [shared.linear_schedule(1.0, 0.1, 1000, t) for t in (0, 250, 500, 1000, 5000)]
     assert epsilon == pytest.approx([1.0, 0.775, 0.55, 0.1, 0.1])
-    assert module.linear_schedule(0.5, 0.1, 0, 0) == 0.1
+    assert shared.linear_schedule(0.5, 0.1, 0, 0) == 0.1
 
 
 def test_frozen_features_cost_no_backward_pass(module):
@@ -133,9 +138,9 @@ def drawn(replay, ranks):
 
 
 @pytest.mark.parametrize("num_envs, capacity", [(1, 37), (3, 100), (8, 1000), (8, 12_000)])
-def test_replay_equals_a_naive_list_of_stacks(module, num_envs, capacity):
+def test_replay_equals_a_naive_list_of_stacks(shared, num_envs, capacity):
     rng, number = np.random.default_rng(num_envs), 0
-    replay, naive = module.Replay(capacity, num_envs, torch.device("cpu")), NaiveReplay(capacity, num_envs)
+    replay, naive = shared.Replay(capacity, num_envs, torch.device("cpu")), NaiveReplay(capacity, num_envs)
     blank = np.zeros((84, 84), np.uint8)
     stacks = [[blank, blank, blank, picture(i + 1)] for i in range(num_envs)]
     number, over, seen, kinds = num_envs, np.zeros(num_envs, bool), 0, np.zeros(4, int)
@@ -175,16 +180,16 @@ def test_replay_equals_a_naive_list_of_stacks(module, num_envs, capacity):
                 assert done.tolist() == [t[4] for t in part]
                 seen += len(part)
     assert kinds.min() > 50 and seen >= 400
-    saved = module.Replay(capacity, num_envs, torch.device("cpu"))
+    saved = shared.Replay(capacity, num_envs, torch.device("cpu"))
     saved.load_state_dict(replay.state_dict())
     ranks = rng.integers(replay.count, size=64)
     for mine, theirs in zip(drawn(replay, ranks), drawn(saved, ranks)):
         assert torch.equal(mine, theirs)
 
 
-def test_replay_draws_uniformly_and_never_an_autoreset(module):
+def test_replay_draws_uniformly_and_never_an_autoreset(shared):
     torch.manual_seed(0)
-    replay = module.Replay(60, 2, torch.device("cpu"))
+    replay = shared.Replay(60, 2, torch.device("cpu"))
     replay.start(np.zeros((2, 84, 84), np.uint8))
     for t in range(200):
         restarted = np.array([t % 5 == 4, t % 7 == 6])
@@ -213,15 +218,15 @@ def test_a_replay_memory_that_does_not_fit_is_refused_in_bytes(script, tmp_path)
 # ----------------------------------------------------------------------------------------------------- environments
 
 
-def atari_args(module, env_id, **flags):
-    return module.Args(env_id=env_id, **flags)
+def atari_args(shared, env_id, **flags):
+    return shared.Args(env_id=env_id, **flags)
 
 
-def test_every_setting_of_ale_is_explicit(module, monkeypatch):
+def test_every_setting_of_ale_is_explicit(shared, monkeypatch):
     """Its defaults are traps: clipped rewards cannot be undone, `episodic_life` restarts the game."""
     passed = {}
-    monkeypatch.setattr(module, "AtariVectorEnv", lambda game, num_envs, **settings: passed.update(settings))
-    module.make_envs(atari_args(module, "ALE/Pong-v5"), 8)
+    monkeypatch.setattr(shared, "AtariVectorEnv", lambda game, num_envs, **settings: passed.update(settings))
+    shared.make_envs(atari_args(shared, "ALE/Pong-v5"), 8)
     assert passed == {
         "frameskip": 4, "repeat_action_probability": 0.0, "full_action_space": False, "noop_max": 30, "maxpool": True,
         "use_fire_reset": True, "episodic_life": False, "life_loss_info": False, "reward_clipping": False,
@@ -230,33 +235,33 @@ def test_every_setting_of_ale_is_explicit(module, monkeypatch):
         "batch_size": 0, "num_threads": 0, "thread_affinity_offset": -1,
     }  # fmt: skip
     flags = {"repeat_action_probability": 0.25, "full_action_space": True, "maxpool": False}
-    module.make_envs(atari_args(module, "ALE/Pong-v5", **flags), 8)
+    shared.make_envs(atari_args(shared, "ALE/Pong-v5", **flags), 8)
     assert flags.items() <= passed.items()
 
 
-def test_stacks_from_single_frames_equal_ale_s_own(module):
-    args = atari_args(module, "ALE/Breakout-v5")
-    envs = module.make_envs(args, 2)
+def test_stacks_from_single_frames_equal_ale_s_own(shared):
+    args = atari_args(shared, "ALE/Breakout-v5")
+    envs = shared.make_envs(args, 2)
     settings = dict(repeat_action_probability=0.0, reward_clipping=False, noop_max=30, use_fire_reset=True)
     reference = AtariVectorEnv("breakout", 2, stack_num=4, **settings)
     (obs, _), (stacked, _) = envs.reset(seed=3), reference.reset(seed=3)
     stacks, over, rng = torch.zeros((2, 4, 84, 84), dtype=torch.uint8), np.ones(2, bool), np.random.default_rng(0)
-    module.push_frame(stacks, obs[:, -1], over)
+    shared.push_frame(stacks, obs[:, -1], over)
     over, games = np.zeros(2, bool), 0
     for _ in range(700):
         assert (stacks.numpy() == stacked).all()
         actions = rng.integers(4, size=2)
         obs, _, terminations, truncations, _ = envs.step(actions)
         stacked = reference.step(actions)[0]
-        module.push_frame(stacks, obs[:, -1], over)
+        shared.push_frame(stacks, obs[:, -1], over)
         over = terminations | truncations
         games += over.sum()
     assert games >= 3
 
 
-def test_life_losses_and_raw_scores(module):
-    args = atari_args(module, "ALE/MsPacman-v5")
-    envs = module.make_envs(args, 2)
+def test_life_losses_and_raw_scores(shared):
+    args = atari_args(shared, "ALE/MsPacman-v5")
+    envs = shared.make_envs(args, 2)
     settings = dict(repeat_action_probability=0.0, reward_clipping=False, noop_max=30, use_fire_reset=True)
     reference = AtariVectorEnv("ms_pacman", 2, stack_num=1, life_loss_info=True, **settings)
     (_, infos), _ = envs.reset(seed=3), reference.reset(seed=3)
@@ -273,11 +278,11 @@ def test_life_losses_and_raw_scores(module):
     assert max(scores) >= 10 and all(score % 10 == 0 for score in scores)
 
 
-def test_action_meanings(module):
-    meanings = module.action_meanings(args := atari_args(module, "ALE/Pong-v5"), module.make_envs(args, 1))
+def test_action_meanings(shared):
+    meanings = shared.action_meanings(args := atari_args(shared, "ALE/Pong-v5"), shared.make_envs(args, 1))
     assert meanings == ["NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE"]
-    args = atari_args(module, "ALE/Pong-v5", full_action_space=True)
-    assert len(module.action_meanings(args, module.make_envs(args, 1))) == 18
+    args = atari_args(shared, "ALE/Pong-v5", full_action_space=True)
+    assert len(shared.action_meanings(args, shared.make_envs(args, 1))) == 18
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -286,19 +291,21 @@ def test_action_meanings(module):
 def test_a_run_logs_learns_evaluates_and_saves(script, module, source):
     path, checkpoint = source(script)
     logged = scalars(path.parent)
-    assert set(logged) == TAGS
+    assert set(logged) == SCRIPTS[script]
     assert checkpoint["global_step"] >= 1200 and checkpoint["action_meanings"] == [
         f"toy_env:Toy-v0 {i}" for i in range(3)
     ]
     assert checkpoint["args"]["total_timesteps"] == 1200 and checkpoint["args"]["env_id"] == "toy_env:Toy-v0"
     # every fourth action of the loop owes updates; those of the last step are done by whoever resumes the run
     assert 0 <= (checkpoint["global_step"] - 200) // 8 - checkpoint["updates"] <= 1 and checkpoint["updates"] > 100
-    torch.manual_seed(1)
-    fresh = module.QNetwork(3).state_dict()
-    online, target = checkpoint["q_network"], checkpoint["target_network"]
-    for name in fresh:  # the target network was synchronised (it moved), but not at the last update
-        assert not torch.equal(online[name], fresh[name]) and not torch.equal(target[name], fresh[name])
-        assert not torch.equal(online[name], target[name])
+    fresh = before_training(script)
+    assert {name for name in checkpoint if name.endswith("network")} == set(fresh)
+    frozen_copy_of = "v_network" if script == "dqv_atari" else "q_network"
+    for network, tensors in fresh.items():  # the target network too has moved
+        assert not any(torch.equal(checkpoint[network][name], tensor) for name, tensor in tensors.items()), network
+    for name, tensor in checkpoint["target_network"].items():  # but it is behind by the updates since it was copied
+        ahead = checkpoint[frozen_copy_of][name]
+        assert not torch.equal(ahead, tensor) and torch.allclose(ahead, tensor, atol=0.1), name
     lengths = [value for _, value in logged["charts/episodic_length"]]
     assert set(lengths) == {5.0} and len(lengths) > 200
     steps = [step for step, _ in logged["eval/episodic_return"]]
@@ -313,8 +320,11 @@ def test_a_run_learns(script, source):
     path, checkpoint = source(script)
     returns = [value for _, value in scalars(path.parent)["eval/episodic_return"]]
     assert returns[-1] > 4, returns  # of 5; chance is 1.67, epsilon 0.05 costs 0.17
-    q, to_go = (scalars(path.parent)[f"eval/{tag}"][-1][1] for tag in ("max_q", "discounted_return"))
-    assert abs(q - to_go) < 1.5
+    values = {tag: points[-1][1] for tag, points in scalars(path.parent).items()}
+    assert abs(values["eval/max_q"] - values["eval/discounted_return"]) < 1.5
+    if "eval/v_minus_max_q" in values:  # in a game where every state has the same value
+        assert abs(values["losses/v_values"] - values["losses/q_values"]) < 1
+        assert abs(values["eval/v_minus_max_q"]) < 1 and values["losses/v_loss"] > 0
 
 
 def test_truncated_episodes_are_no_terminals(script, tmp_path, toy_flags):
@@ -336,7 +346,7 @@ def test_same_seed_same_scalars_with_and_without_evaluation(script, source, tmp_
     folder = only_run(tmp_path / "runs")
     mine, theirs = scalars(folder), scalars(path.parent)
     assert len(mine["eval/episodic_return"]) == 1
-    for tag in TAGS:
+    for tag in SCRIPTS[script]:
         assert mine[tag] == (theirs[tag][-1:] if tag.startswith("eval/") else theirs[tag]), tag
     again = torch.load(folder / f"{script}.pt")
     assert all(torch.equal(again["q_network"][k], v) for k, v in checkpoint["q_network"].items())
@@ -362,7 +372,8 @@ def start_and_kill(command, cwd, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_resumes_to_the_last_bit(script, source, tmp_path, toy_flags, number):
+def test_a_killed_run_resumes_to_the_last_bit(source, tmp_path, toy_flags, number):
+    script = {signal.SIGINT: "dqv_atari", signal.SIGTERM: "dqv_max_atari", signal.SIGKILL: "ddqn_atari"}[number]
     straight_path, straight = source(script)
     command = [sys.executable, str(ROOT / f"{script}.py"), *toy_flags, "--save-buffer", "--checkpoint-frequency", "300"]
     code, out = start_and_kill(command, tmp_path, number)
@@ -374,15 +385,17 @@ def test_a_killed_run_resumes_to_the_last_bit(script, source, tmp_path, toy_flag
     assert "bring the games back" in out and only_run(tmp_path / "runs") == path.parent
     resumed = torch.load(path)
     assert resumed["global_step"] == straight["global_step"] and resumed["updates"] == straight["updates"]
-    for part in ("q_network", "target_network"):
+    for part in [name for name in straight if name.endswith("network")]:
         assert all(torch.equal(resumed[part][k], v) for k, v in straight[part].items())
-    states = resumed["optimizer"]["state"], straight["optimizer"]["state"]
-    assert all(torch.equal(states[0][i][k], v) for i in states[1] for k, v in states[1][i].items())
+    for part in [name for name in straight if name.endswith("optimizer")]:
+        states = resumed[part]["state"], straight[part]["state"]
+        assert states[1] and all(torch.equal(states[0][i][k], v) for i in states[1] for k, v in states[1][i].items())
     assert scalars(path.parent) == scalars(straight_path.parent)
     assert len(list(path.parent.glob("*_buffer_*"))) == 1 and not list(path.parent.glob("*.tmp"))
 
 
-def test_atari_resumes_to_the_last_bit(script, tmp_path):
+def test_atari_resumes_to_the_last_bit(tmp_path):
+    script = "ddqn_atari"  # what this adds to the test before, the replayed games, is the same in all
     flags = "--env-id ALE/Breakout-v5 --num-envs 2 --buffer-size 500 --learning-starts 100 --train-frequency 16"
     flags += " --target-network-frequency 200 --eval-frequency 0 --eval-episodes 1 --save-buffer"
     run(f"{script}.py", *flags.split(), "--total-timesteps", 1200, "--logdir", "straight", cwd=tmp_path)
@@ -413,14 +426,10 @@ def test_resuming_without_the_replay_memory_refills_it_first(script, source, tmp
     assert min(step for step, _ in logged["charts/episodic_return"]) > checkpoint["global_step"]
 
 
-def test_two_runs_in_the_same_second_have_their_own_folders(script, tmp_path, toy_flags):
-    flags = [*toy_flags, "--total-timesteps", "4", "--eval-episodes", "1"]
-    code = "import sys, time, runpy; time.time = lambda: 7.0; sys.argv = sys.argv[1:]; "
-    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
+def test_two_runs_in_the_same_second_have_their_own_folders(script, tmp_path, toy_flags, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 7.0)
     for _ in range(2):
-        command = [sys.executable, "-c", code, str(ROOT / f"{script}.py"), *flags]
-        subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
+        run(f"{script}.py", *toy_flags, "--total-timesteps", 4, "--eval-episodes", 1, cwd=tmp_path)
     names = sorted(folder.name for folder in (tmp_path / "runs").iterdir())
     assert names == [f"toy_env-Toy-v0__{script}__1__7", f"toy_env-Toy-v0__{script}__1__7-2"]
 
@@ -452,8 +461,11 @@ def test_cleanrl_s_bare_state_dict_is_accepted(script, source, tmp_path, toy_fla
     path, checkpoint = source(script)
     bare = tmp_path / "dqn_atari.cleanrl_model"
     torch.save(checkpoint["q_network"], bare)
-    out = run(f"{script}.py", "--evaluate", bare, "--env-id", "toy_env:Toy-v0", cwd=tmp_path).stdout
-    assert 4 < float(out.split(" return ")[1].split(" ")[0]) <= 5 and "n = 100" in out
+    done = run(f"{script}.py", "--evaluate", bare, "--env-id", "toy_env:Toy-v0", cwd=tmp_path, check=False)
+    if script == "ddqn_atari":
+        assert 4 < float(done.stdout.split(" return ")[1].split(" ")[0]) <= 5 and "n = 100" in done.stdout
+    else:
+        assert done.returncode == 1 and "has no v_network" in done.stderr and done.stderr.count("\n") == 1
     run(f"{script}.py", *toy_flags, "--total-timesteps", 4, "--pretrained", bare, cwd=tmp_path)
     copy = torch.load(only_run(tmp_path / "runs") / f"{script}.pt")["q_network"]
     assert torch.equal(copy["network.7.weight"], checkpoint["q_network"]["network.7.weight"])
@@ -471,46 +483,83 @@ def transferred(script, cwd, *flags):
     return out, torch.load(only_run(cwd / "runs") / f"{script}.pt")
 
 
-def test_fine_tuning_copies_all_but_the_head(script, source, tmp_path):
+def learners(checkpoint):
+    return [name for name in ("q_network", "v_network") if name in checkpoint]
+
+
+def test_fine_tuning_copies_all_but_the_heads(script, source, tmp_path):
     path, checkpoint = source(script)
     out, before = transferred(script, tmp_path / "a", "--pretrained", path, "--total-timesteps", 4)
-    assert f"1,684,128 parameters loaded from {path}" in out
-    assert "1,539 parameters initialised at random: network.9" in out and "0 parameters frozen: none" in out
-    for name, tensor in checkpoint["q_network"].items():
-        assert torch.equal(before["q_network"][name], tensor) == (not name.startswith("network.9")), name
-        assert torch.equal(before["q_network"][name], before["target_network"][name])
-    assert before["optimizer"]["state"] == {} and before["args"]["start_e"] == 1.0
+    assert learners(before) == learners(checkpoint) and len(learners(before)) == (1 if script == "ddqn_atari" else 2)
+    for network, head in zip(learners(before), (1539, 513)):
+        assert (
+            f"{network}: 1,684,128 parameters loaded from {path}: network.0, network.2, network.4, network.7\n" in out
+        )
+        assert f"{network}: {head:,} parameters initialised at random: network.9\n" in out
+        assert f"{network}: 0 parameters frozen: none" in out
+        for name, tensor in checkpoint[network].items():
+            assert torch.equal(before[network][name], tensor) == trunk(name), name
+    copied = before["v_network" if script == "dqv_atari" else "q_network"]
+    assert all(torch.equal(before["target_network"][name], tensor) for name, tensor in copied.items())
+    assert before["optimizer"]["state"] == {} and before["args"]["start_e"] == (1 if script == "ddqn_atari" else 0.5)
     _, after = transferred(script, tmp_path / "b", "--pretrained", path, "--total-timesteps", 200)
     assert after["updates"] > 8
-    assert not any(torch.equal(after["q_network"][name], tensor) for name, tensor in before["q_network"].items())
+    for network in learners(after):
+        assert not any(torch.equal(after[network][name], tensor) for name, tensor in before[network].items())
 
 
 def test_only_head_leaves_frozen_tensors_bit_identical(script, source, tmp_path):
     path, checkpoint = source(script)
     flags = ["--pretrained", path, "--freeze-features", "--total-timesteps", 400]
     out, after = transferred(script, tmp_path, *flags)
-    assert "1,684,128 parameters frozen: network.0, network.2, network.4, network.7" in out
-    assert after["updates"] > 30 and len(after["optimizer"]["state"]) == 2
-    for name in list(checkpoint["q_network"])[:-2]:
-        for network in ("q_network", "target_network"):
-            assert torch.equal(after[network][name], checkpoint["q_network"][name])
-    torch.manual_seed(1)
-    fresh = importlib.import_module(script).QNetwork(3).state_dict()
-    assert not torch.equal(after["q_network"]["network.9.weight"], fresh["network.9.weight"])
+    fresh = before_training(script)
+    assert after["updates"] > 30
+    for network, optimizer in zip(learners(after), ("optimizer", "v_optimizer")):
+        assert f"{network}: 1,684,128 parameters frozen: network.0, network.2, network.4, network.7\n" in out
+        assert len(after[optimizer]["state"]) == 2
+        for name, tensor in after[network].items():
+            assert torch.equal(tensor, checkpoint[network][name]) == trunk(name)
+            assert trunk(name) or not torch.equal(tensor, fresh[network][name])
+    source_of_target = checkpoint["v_network" if script == "dqv_atari" else "q_network"]
+    assert all(
+        torch.equal(after["target_network"][name], source_of_target[name]) for name in filter(trunk, fresh["q_network"])
+    )
 
 
 def test_hybrid_takes_the_head_from_elsewhere_and_keep_head_from_the_source(script, source, tmp_path):
     path, checkpoint = source(script)
     head = tmp_path / "head.pt"
-    other = {name: tensor + 1 for name, tensor in checkpoint["q_network"].items()}
-    torch.save({**checkpoint, "q_network": other}, head)
+    other = {
+        network: {name: tensor + 1 for name, tensor in checkpoint[network].items()} for network in learners(checkpoint)
+    }
+    torch.save(checkpoint | other, head)
     flags = ["--env-id", "toy_env:Toy-v0", "--pretrained", path, "--total-timesteps", 4]
     _, hybrid = transferred(script, tmp_path / "hybrid", *flags, "--pretrained-head", head)
     _, kept = transferred(script, tmp_path / "kept", *flags, "--keep-head")
-    for name, tensor in checkpoint["q_network"].items():
-        in_head = name.startswith("network.9")
-        assert torch.equal(hybrid["q_network"][name], other[name] if in_head else tensor)
-        assert torch.equal(kept["q_network"][name], tensor)
+    for network in learners(checkpoint):
+        for name, tensor in checkpoint[network].items():
+            assert torch.equal(hybrid[network][name], tensor if trunk(name) else other[network][name])
+            assert torch.equal(kept[network][name], tensor)
+
+
+@pytest.mark.parametrize(
+    "script, of", [("ddqn_atari", "dqv_atari"), ("dqv_atari", "ddqn_atari"), ("dqv_max_atari", "dqv_atari")]
+)
+def test_a_checkpoint_of_another_algorithm_initialises_the_trunks(script, of, source, tmp_path):
+    path, checkpoint = source(of)
+    out, copy = transferred(script, tmp_path / "a", "--pretrained", path, "--total-timesteps", 4)
+    for network in learners(copy):  # V starts from Q's layers where there is no V
+        assert f"{network}: 1,684,128 parameters loaded from" in out
+        theirs = checkpoint.get(network, checkpoint["q_network"])
+        assert all(torch.equal(copy[network][name], theirs[name]) for name in filter(trunk, theirs))
+    flags = ["--env-id", "toy_env:Toy-v0", "--pretrained", path, "--keep-head", "--total-timesteps", 4]
+    out, kept = transferred(script, tmp_path / "b", *flags)
+    assert torch.equal(kept["q_network"]["network.9.weight"], checkpoint["q_network"]["network.9.weight"])
+    assert ("v_network: 513 parameters initialised at random: network.9" in out) == (script == "dqv_atari")
+    refused = run(f"{script}.py", "--resume", path, cwd=tmp_path, check=False)
+    theirs, mine = (importlib.import_module(name).ALGORITHM for name in (of, script))
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert f"is a run of {theirs}, which {mine} cannot continue" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -521,7 +570,7 @@ def test_hybrid_takes_the_head_from_elsewhere_and_keep_head_from_the_source(scri
         ("--evaluate missing.pt", "no checkpoint file at missing.pt"),
         ("--num-envs 0", "--num-envs must be at least 1"),
         ("--keep-head", "--pretrained"),
-        ("--env-id toy_env:Toy-v0 --track", "pip install wandb"),
+        ("--env-id toy_env:Toy-v0 --buffer-size 100 --track", "pip install wandb"),
     ],
 )
 def test_bad_input_gets_one_line(script, flags, says, tmp_path):
@@ -573,7 +622,7 @@ def test_bad_files_and_games_are_named_in_one_line(module, script, source, tmp_p
         (path, True, ["LEFT", "RIGHT", "STAY"], "'LEFT'"),
     ):
         args = module.Args(pretrained=str(path if name == path else tmp_path / f"{name}.pt"), keep_head=keep_head)
-        refused(module.transfer, args, module.QNetwork(3), theirs, says=says)
+        refused(module.transfer, args, {"q_network": module.QNetwork(3)}, theirs, says=says)
     network = module.QNetwork(6)
     refused(
         module.copy_layers, network, state, list(network.state_dict()), "x.pt", says="(3, 512) there and (6, 512) here"
@@ -590,15 +639,15 @@ def test_the_script_runs_alone_on_a_real_game(script, tmp_path):
     shown = subprocess.run(
         [*command, "--help"], cwd=tmp_path, env=env, text=True, capture_output=True, check=True
     ).stdout
-    for flag in ("--env-id", "--no-double", "--pretrained", "--freeze-features", "--resume", "--num-envs"):
-        assert flag in shown or script != "ddqn_atari"
+    for flag in ("--env-id", "--pretrained", "--freeze-features", "--resume", "--num-envs"):
+        assert flag in shown
     flags = "--env-id ALE/MsPacman-v5 --num-envs 4 --total-timesteps 3200 --learning-starts 1600 --train-frequency 32"
     flags += " --buffer-size 1000 --target-network-frequency 400 --eval-episodes 1 --capture-video"
     subprocess.run([*command, *flags.split()], cwd=tmp_path, env=env, check=True, capture_output=True)
     folder = only_run(tmp_path / "runs")
     assert folder.name.startswith(f"ALE-MsPacman-v5__{script}__1__")
     logged = scalars(folder)
-    assert TAGS <= set(logged)
+    assert SCRIPTS[script] <= set(logged)
     for tag in ("charts/episodic_return", "eval/episodic_return"):  # raw scores, not clipped ones
         assert all(value % 10 == 0 for _, value in logged[tag]) and max(logged[tag])[1] > 0
     assert torch.load(folder / f"{script}.pt")["updates"] > 30
@@ -630,7 +679,8 @@ def test_captured_and_eager_updates_agree(script, tmp_path, toy_flags, flags):
         ]
         subprocess.run([*command, graphs, *flags], cwd=tmp_path, env=env, check=True)
         checkpoint = torch.load(only_run(tmp_path / graphs.strip("-")) / f"{script}.pt", map_location="cpu")
-        networks.append(checkpoint["q_network"])
+        tensors = {f"{network} {k}": v for network in learners(checkpoint) for k, v in checkpoint[network].items()}
+        networks.append(tensors)
         assert checkpoint["updates"] > 100
     for name, tensor in networks[0].items():
         assert torch.allclose(tensor, networks[1][name], atol=1e-3), name

@@ -45,6 +45,61 @@ def test_every_flag_is_explained(script):
         assert isinstance(flag, ast.AnnAssign) and isinstance(text.value, ast.Constant) and text.value.value
 
 
+ATARI = ["ddqn_atari", "dqv_atari", "dqv_max_atari"]
+THE_ALGORITHM = {
+    "header", "Args.double", "Args.architecture", "Args.learning_rate", "Args.v_learning_rate", "Args.v_optimizer",
+    "Args.start_e", "ALGORITHM", "LOSSES", "QNetwork", "make_networks", "td_target", "td_targets", "learn",
+    "main: ALGO LOGIC: networks", "main: ALGO LOGIC: target network and optimizers",
+    "main: ALGO LOGIC: training, all on the device", "main: ALGO LOGIC: update target network",
+}  # fmt: skip
+
+
+def blocks(script):
+    """{name: text} of all that a script consists of, comments included, in order."""
+    source = (ROOT / f"{script}.py").read_text()
+    lines, parts, end = source.splitlines(), {}, source.splitlines().index("# /// script")
+    parts["header"] = lines[:end]
+    for node in ast.parse(source).body:
+        start, end = end, node.end_lineno
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            parts["imports"] = parts.get("imports", []) + lines[start:end]
+        elif isinstance(node, ast.ClassDef) and node.name == "Args":
+            for flag, text in zip(node.body[::2], node.body[1::2]):
+                parts[f"Args.{flag.target.id}"] = lines[start : text.end_lineno]
+                start = text.end_lineno
+        elif isinstance(node, ast.If):
+            name = "main: start"
+            for line in lines[start:end]:
+                name = f"main: {line.strip('# ')}" if re.match(r" +# (TRY NOT|ALGO LOGIC)", line) else name
+                parts[name] = parts.get(name, []) + [line]
+        else:
+            parts[node.name if hasattr(node, "name") else node.targets[0].id] = lines[start:end]
+    assert end == len(lines) and sum(map(len, parts.values())) == len(lines)
+    return {name: "\n".join(text) for name, text in parts.items()}
+
+
+@pytest.mark.parametrize("script", ATARI[1:])
+def test_the_atari_scripts_differ_in_the_algorithm_only(script):
+    one, other = blocks(ATARI[0]), blocks(script)
+    names = [name for name in [*one, *other] if name not in THE_ALGORITHM]
+    drifted = {name for name in names if one.get(name) != other.get(name)}
+    assert not drifted, f"{', '.join(sorted(drifted))}: not the same in {ATARI[0]}.py and {script}.py"
+    assert [name for name in one if name in names] == [name for name in other if name in names], "in another order"
+    assert len(set(names)) > 60
+
+
+def test_the_drift_test_names_the_block_that_drifted(monkeypatch, tmp_path):
+    for script in ATARI:
+        text = (ROOT / f"{script}.py").read_text()
+        if script == "dqv_atari":
+            text = text.replace("np.minimum(self.age + 1, 3)", "np.minimum(self.age + 1, 2)")
+        (tmp_path / f"{script}.py").write_text(text)
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    test_the_atari_scripts_differ_in_the_algorithm_only("dqv_max_atari")
+    with pytest.raises(AssertionError, match="^Replay: not the same in ddqn_atari.py and dqv_atari.py"):
+        test_the_atari_scripts_differ_in_the_algorithm_only("dqv_atari")
+
+
 def test_the_readme_names_only_flags_that_exist():
     known = {"--help", "--flags", "--peer"}  # the last two are those of tests/benchmark_rl.py
     for script in SCRIPTS:
