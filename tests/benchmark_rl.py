@@ -1,11 +1,13 @@
 """Agent steps per second of a script before and while learning, and of Stable-Baselines3's DQN, in alternation.
 
     python tests/benchmark_rl.py --flags="--no-double --optimizer adam" --peer sb3
+    python tests/benchmark_rl.py --updates                            milliseconds per update of all the scripts instead
 
 The peer needs `pip install stable-baselines3 opencv-python`. It gets the same network, batch size, replay memory,
 exploration and number of updates per step, and the settings of RL-Zoo for the rest. Not collected by pytest.
 """
 
+import importlib
 import os
 import resource
 import statistics
@@ -35,6 +37,10 @@ class Args:
     """also measure this library, in alternation"""
     rounds: int = 3
     """measurements of each"""
+    updates: bool = False
+    """measure one update of DQN, DDQN, DQV and DQV-Max, in alternation"""
+    threads: int = 1
+    """threads of torch for --updates"""
     child: bool = False
     """run the peer in this process (used internally)"""
 
@@ -85,8 +91,53 @@ def sb3(args: Args) -> tuple[float, float]:
     return float(before), float(learning)
 
 
+def updates(args: Args) -> None:
+    """One update each, sampled batch included, on what the scripts' main parts would make of their flags."""
+    import numpy as np
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ddqn, dqv, dqv_max = (importlib.import_module(name) for name in ("ddqn_atari", "dqv_atari", "dqv_max_atari"))
+    rb = ddqn.Replay(BUFFER, 8, device)
+    frames, start = np.random.default_rng(0).integers(256, size=(8, 84, 84), dtype=np.uint8), np.zeros(8, bool)
+    rb.start(frames)
+    for _ in range(BUFFER // 8):
+        rb.add(np.zeros(8, np.int64), np.zeros(8), start, frames, start)
+
+    def learner(module, optimizer, **extra):
+        outputs = (18, 1) if module is not ddqn else (18,)
+        networks = [module.QNetwork(n).to(device, memory_format=torch.channels_last) for n in outputs]
+        target = module.QNetwork(1 if module is dqv else 18).to(device, memory_format=torch.channels_last)
+        optimizers = [module.make_optimizer(optimizer, network, 1e-4, False) for network in networks]
+        return lambda: module.learn(rb.sample(32), 0.99, *networks, target, *optimizers, **extra)
+
+    print(f"| ms per update on {device}, median of {args.rounds} | DQN | DDQN | DQV | DQV-Max |\n|-|-|-|-|-|")
+    for optimizer in ("rmsprop", "adam"):
+        one, two = (learner(ddqn, optimizer, double=double) for double in (False, True))
+        learners, times = [one, two, learner(dqv, optimizer), learner(dqv_max, optimizer)], []
+        for _ in range(args.rounds + 1):
+            row = []
+            for update in learners:
+                begun = time.perf_counter()
+                for _ in range(20):
+                    update()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                row.append((time.perf_counter() - begun) / 20 * 1e3)
+            times.append(row)
+        medians = [statistics.median(column) for column in zip(*times[1:])]  # the first round warms up
+        ratios = [statistics.median(row[i] / row[1] for row in times[1:]) for i in range(4)]
+        print(f"| {optimizer} | " + " | ".join(f"{ms:.2f} ({r:.2f}x)" for ms, r in zip(medians, ratios)) + " |")
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args)
+    if args.updates:
+        updates(args)
+        sys.exit()
     if args.child:
         sb3_child(args)
         sys.exit()
