@@ -454,17 +454,20 @@ def copy_layers(network: nn.Module, source: dict, names: list[str], path: str) -
     network.load_state_dict({**state, **{name: source[name] for name in names}})
 
 
-def transfer(args: Args, networks: dict[str, nn.Module], meanings: list[str]) -> None:
+def transfer(args: Args, networks: dict[str, nn.Module], meanings: list[str]) -> dict[str, str]:
     """Initialise `networks` from --pretrained and --pretrained-head, and print what was loaded and what is frozen.
 
     A network that the checkpoint lacks (V in one of DQN) gets the layers of its `q_network`, but never the head.
+    Returns the game of the --pretrained checkpoint, to be logged with the hyper-parameters.
     """
-    sources = {}
+    sources, origin = {}, {}
     for path, features, head in ((args.pretrained, True, args.keep_head), (args.pretrained_head, False, True)):
         checkpoint = load_checkpoint(path) if path else {}
         if path and head and checkpoint.get("action_meanings") != meanings:
             known = checkpoint.get("action_meanings", "unknown")
             fail(f"the head of {path} does not fit, its actions are {known}, those of {args.env_id} {meanings}")
+        if path and features:
+            origin["pretrained_env_id"] = checkpoint.get("args", {}).get("env_id", "unknown")
         for key, network in networks.items() if path else ():
             names = list(network.state_dict())  # the head is the last layer: weight and bias
             part = names[:-2] * features + names[-2:] * (head and key in checkpoint)
@@ -482,6 +485,7 @@ def transfer(args: Args, networks: dict[str, nn.Module], meanings: list[str]) ->
             say(f"{key}: {size:,} parameters {what}: {', '.join(layers) or 'none'}")
     size = sum(parameter.numel() for parameter in nn.ModuleList(networks.values()).parameters())
     say(f"{size:,} parameters in all")
+    return origin
 
 
 def save_atomically(data: dict, path: str) -> None:
@@ -597,8 +601,7 @@ if __name__ == "__main__":
     for network in networks.values():
         for parameter in list(network.parameters())[:-2]:
             parameter.requires_grad_(not args.freeze_features)
-    if not args.resume:
-        transfer(args, networks, meanings)
+    origin = {} if args.resume else transfer(args, networks, meanings)
 
     # ALGO LOGIC: target network and optimizers
     target_network.load_state_dict(checkpoint.get("target_network", q_network.state_dict()))
@@ -629,7 +632,8 @@ if __name__ == "__main__":
         wandb.init(**project, config=vars(args), sync_tensorboard=True, save_code=True)
     global_step = checkpoint.get("global_step", 0)
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
-    table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+    hyperparameters = {"algorithm": ALGORITHM} | vars(args) | origin
+    table = "\n".join(f"|{name}|{value}|" for name, value in hyperparameters.items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", global_step)
 
     # TRY NOT TO MODIFY: the state of the run, fresh or as the checkpoint has it

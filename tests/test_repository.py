@@ -32,7 +32,7 @@ def test_scripts_stand_alone(script):
     installed = names((ROOT / "requirements.txt").read_text().splitlines()) | {"pillow"}
     assert declared <= installed
     packages = {"PIL": "pillow", "ale_py": "ale-py"}
-    third_party = {"torch", "torchvision", "gymnasium", "numpy", "tyro", "tensorboard", "PIL", "ale_py"}
+    third_party = {"torch", "torchvision", "gymnasium", "numpy", "tyro", "tensorboard", "PIL", "ale_py", "matplotlib"}
     assert {packages.get(module, module) for module in imported & third_party} <= declared
     assert all(len(line) <= 120 for line in source.splitlines())
 
@@ -40,9 +40,13 @@ def test_scripts_stand_alone(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_explained(script):
     tree = ast.parse((ROOT / f"{script}.py").read_text())
-    (body,) = [node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == "Args"]
-    for flag, text in zip(body[::2], body[1::2]):
-        assert isinstance(flag, ast.AnnAssign) and isinstance(text.value, ast.Constant) and text.value.value
+    commands = {"Args", "Plan", "Table", "Scores", "Plot"}
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name in commands]
+    assert bodies
+    for body in bodies:
+        body = body[1:] if isinstance(body[0], ast.Expr) else body  # a sub-command's own docstring
+        for flag, text in zip(body[::2], body[1::2]):
+            assert isinstance(flag, ast.AnnAssign) and isinstance(text.value, ast.Constant) and text.value.value
 
 
 ATARI = ["ddqn_atari", "dqv_atari", "dqv_max_atari"]
@@ -101,14 +105,15 @@ def test_the_drift_test_names_the_block_that_drifted(monkeypatch, tmp_path):
 
 
 def test_the_readme_names_only_flags_that_exist():
-    known = {"--help", "--flags", "--peer"}  # the last two are those of tests/benchmark_rl.py
+    known = {"--help", "--flags", "--peer", "--updates"}  # but for the first those of tests/benchmark_rl.py
+    known |= {"--array", "--gres", "--wrap"}  # of Slurm
     for script in SCRIPTS:
         module = importlib.import_module(script)
-        if hasattr(module, "Args"):
-            flags = [field.name.replace("_", "-") for field in fields(module.Args)]
+        for name in [name for name in ("Args", "Plan", "Table", "Scores", "Plot") if hasattr(module, name)]:
+            flags = [field.name.replace("_", "-") for field in fields(getattr(module, name))]
             known |= {f"--{flag}" for flag in flags} | {f"--no-{flag}" for flag in flags}
     text = README.replace("--save-model", "")  # CleanRL's
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known == set()
 
 
 def test_the_readme_describes_every_script_and_file():

@@ -116,7 +116,7 @@ def test_one_update_moves_what_it_should_by_the_right_amount(module, algorithm, 
 
 # ------------------------------------------------------------------------------------------------------ fixed points
 
-# States 0 -> 1 -> 2 -> end. Only in state 1 do the actions differ: 0 ends the episode with 0.2, 1 goes on. State 2 earns 1
+# States 0 -> 1 -> 2 -> end. Only in state 1 do actions differ: 0 ends the episode with 0.2, 1 goes on. State 2 earns 1
 CHAIN = [  # state, action, reward, next state, terminal: what a random policy experiences, each as often in its state
     (0, 0, 0.0, 1, False), (0, 1, 0.0, 1, False), (1, 0, 0.2, 0, True), (1, 1, 0.0, 2, False),
     (2, 0, 1.0, 0, True), (2, 1, 1.0, 0, True),
