@@ -191,8 +191,9 @@ class Run:
 def read_events(path: str, tag: str) -> tuple[np.ndarray, np.ndarray, dict[str, str], Optional[int], int]:
     """Steps and values of scalar `tag`, the logged hyper-parameters, the purge step of a resumed run, the last step.
 
-    TensorBoard's reader takes 1.7 s for 10,000 points where this takes 0.05 s: it walks the records (length, CRC, data,
-    CRC), stops at a cut one, and decodes the bytes that TensorBoard's writers put around a scalar all at once.
+    TensorBoard's reader takes 1 s for 10,000 points, this 0.05 s, one file in memory at a time: it walks the records
+    (length, CRC, data, CRC), stops at a cut one, and decodes the bytes that TensorBoard's writers put around a scalar
+    all at once.
     Raises ValueError when the file does not begin as an event file does.
     """
     with open(path, "rb") as file:
