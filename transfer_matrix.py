@@ -255,8 +255,8 @@ def read_run(folder: str, metric: str) -> Union[Run, str]:
     for name in sorted(name for name in os.listdir(folder) if "tfevents" in name):
         try:
             steps, values, flags, purge, last_step = read_events(os.path.join(folder, name), metric)
-        except ValueError as error:
-            problems.append(f"{name} is {error}")
+        except (ValueError, OSError) as error:
+            problems.append(f"{name}: {error}")
             continue
         kept = slice(None) if purge is None else run.steps < purge
         run.steps, run.values = np.append(run.steps[kept], steps), np.append(run.values[kept], values)
@@ -312,14 +312,14 @@ def total(run: Run) -> int:
     return int(run.flags.get("total_timesteps", 0))
 
 
-def finished_runs(logdir: str, metric: str) -> list[Run]:
+def finished_runs(logdir: str, metric: str, points: int = 2) -> list[Run]:
     """The runs that a table may use: complete, with the metric, one per cell and seed (the newest)."""
     cells = {}
     for run in read_runs(logdir, metric):
         if run.last_step < 0.99 * total(run):  # other programs log their last point a little before the end
             skip(run.folder, f"incomplete, {run.last_step:,} of {total(run):,} steps")
-        elif len(run.steps) < 2:
-            skip(run.folder, f"it has {len(run.steps)} points of {metric}, a curve needs two")
+        elif len(run.steps) < points:
+            skip(run.folder, f"it has {len(run.steps)} points of {metric}, at least {points} are needed")
         elif run.mode != "scratch" and run.source == "unknown":
             skip(run.folder, "it does not say on which game its --pretrained network was trained")
         else:
@@ -335,8 +335,8 @@ def finished_runs(logdir: str, metric: str) -> list[Run]:
 # Areas and metrics ---------------------------------------------------------------------------------------------------
 # What may differ between the runs of a cell: it does not change what is learned, or is the cell itself
 FREE = {
-    "exp_name", "seed", "cuda", "cudagraphs", "torch_deterministic", "logdir", "track", "wandb_project_name",
-    "wandb_entity", "capture_video", "buffer_device", "save_buffer", "checkpoint_frequency", "resume", "evaluate",
+    "algorithm", "exp_name", "seed", "cuda", "cudagraphs", "torch_deterministic", "logdir", "track", "wandb_project_name",
+    "wandb_entity", "capture_video", "buffer_device", "save_buffer", "checkpoint_frequency", "eval_frequency", "resume", "evaluate",
     "pretrained", "pretrained_env_id", "pretrained_head", "keep_head", "freeze_features",
 }  # fmt: skip
 RESAMPLES = 10_000
@@ -533,7 +533,7 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
 
 def scores(args: Scores) -> None:
     groups = defaultdict(list)
-    for run in finished_runs(args.logdir, "eval/episodic_return"):
+    for run in finished_runs(args.logdir, "eval/episodic_return", points=1):
         if run.mode == "scratch":
             groups[run.algorithm, run.target].append(run)
     if not groups:

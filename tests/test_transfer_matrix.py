@@ -163,7 +163,7 @@ def test_missing_cells(tmp_path):
 
 
 def test_runs_under_other_conditions_are_refused_by_name(tmp_path):
-    write(tmp_path, GAME, [0, 100], [1, 1], maxpool=True, cuda=True)
+    write(tmp_path, GAME, [0, 100], [1, 1], maxpool=True, cuda=True, algorithm="DDQN")
     write(tmp_path, GAME, [0, 100], [1, 1], maxpool=False, cuda=False, **pretrained(OTHER))
     done = run("transfer_matrix.py", "table", "--logdir", tmp_path, cwd=ROOT, check=False)
     assert done.returncode == 1 and done.stderr.strip().count("\n") == 0
@@ -233,7 +233,7 @@ def test_bad_event_files_are_skipped_with_a_line_each(tmp_path):
     assert lines["empty"].endswith("an empty event file") and lines["text"].endswith("not an event file")
     assert lines["huge"].endswith("not an event file") and lines["cut"] == "incomplete, 50 of 100 steps"
     assert lines[growing.name] == "incomplete, 50 of 100 steps"
-    assert lines[nothing.name] == f"it has 0 points of {METRIC}, a curve needs two"
+    assert lines[nothing.name] == f"it has 0 points of {METRIC}, at least 1 are needed"
 
 
 def test_speed_of_reading(tmp_path):
