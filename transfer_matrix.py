@@ -255,8 +255,11 @@ def read_run(folder: str, metric: str) -> Union[Run, str]:
     for name in sorted(name for name in os.listdir(folder) if "tfevents" in name):
         try:
             steps, values, flags, purge, last_step = read_events(os.path.join(folder, name), metric)
-        except (ValueError, OSError) as error:
-            problems.append(f"{name}: {error}")
+        except ValueError as error:
+            problems.append(f"{name} is {error}")
+            continue
+        except OSError as error:
+            problems.append(f"{name} cannot be read, {error.strerror}")
             continue
         kept = slice(None) if purge is None else run.steps < purge
         run.steps, run.values = np.append(run.steps[kept], steps), np.append(run.values[kept], values)
@@ -335,9 +338,10 @@ def finished_runs(logdir: str, metric: str, points: int = 2) -> list[Run]:
 # Areas and metrics ---------------------------------------------------------------------------------------------------
 # What may differ between the runs of a cell: it does not change what is learned, or is the cell itself
 FREE = {
-    "algorithm", "exp_name", "seed", "cuda", "cudagraphs", "torch_deterministic", "logdir", "track", "wandb_project_name",
-    "wandb_entity", "capture_video", "buffer_device", "save_buffer", "checkpoint_frequency", "eval_frequency", "resume", "evaluate",
-    "pretrained", "pretrained_env_id", "pretrained_head", "keep_head", "freeze_features",
+    "algorithm", "exp_name", "seed", "cuda", "cudagraphs", "torch_deterministic", "logdir", "track",
+    "wandb_project_name", "wandb_entity", "capture_video", "buffer_device", "save_buffer", "checkpoint_frequency",
+    "eval_frequency", "resume", "evaluate", "pretrained", "pretrained_env_id", "pretrained_head", "keep_head",
+    "freeze_features",
 }  # fmt: skip
 RESAMPLES = 10_000
 
