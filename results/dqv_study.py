@@ -1,4 +1,5 @@
-# Collects runs of the four algorithms into a CSV and draws learning curves and overestimation side by side.
+# Collects runs of the four algorithms into a CSV and draws learning curves and overestimation side by side: how the
+# pictures in this folder were made.
 #   python results/dqv_study.py results/dqv_catch_v0 runs/catch_env-Catch-v0__*                (needs matplotlib)
 #   python results/dqv_study.py results/dqv_pong runs/ALE-Pong-v5__* --authors PATH/pong_results.txt
 # The folders' names tell algorithm and seed. `--authors` draws their training returns (columns DQV, DQV-Max, DQN, DDQN
@@ -74,10 +75,14 @@ if authors:
     panels[0].set(xlabel="episodes", ylabel="charts/episodic_return, mean of 20")
 else:
     panels[0].set(xlabel="agent steps", ylabel="eval/episodic_return")
+if "catch_v0" in out:
+    for level, name in ((0.247, "random play"), (0.973, "ceiling of the game")):
+        panels[0].axhline(level, linestyle="--", linewidth=0.8, color="grey")
+        panels[0].annotate(name, (panels[0].get_xlim()[1], level), fontsize=7, ha="right", va="bottom", color="grey")
 panels[1].set(xlabel="agent steps", ylabel="eval/max_q - eval/discounted_return", title="above 0: overestimation")
 panels[2].set(xlabel="agent steps", ylabel="eval/v_minus_max_q", title="above 0: V exceeds max Q")
 for axes in panels[1:]:
     axes.axhline(0, color="black", linewidth=0.6)
-panels[0].legend(fontsize=7)
+panels[0].legend(fontsize=7, loc="center right" if "catch_v0" in out else "best")
 panels[2].legend(fontsize=7)
 figure.savefig(out + ".png", dpi=100)
