@@ -70,7 +70,6 @@ if authors:
         names, *rows = [line.rstrip("\n").split("\t") for line in file]
     for i, name in enumerate(names[1:], 1):
         points = [(float(row[0]), float(row[i])) for row in rows if len(row) > i and row[i]]
-        points = [point for point in points if point[0] <= panels[0].get_xlim()[1]]
         panels[0].plot(*zip(*points), color=COLOURS[name], linestyle=":", label=f"{name}, authors")
     panels[0].set(xlabel="episodes", ylabel="charts/episodic_return, mean of 20")
 else:

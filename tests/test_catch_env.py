@@ -9,7 +9,7 @@ from fractions import Fraction
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from PIL import Image
@@ -258,10 +258,14 @@ def test_seeding_a_vector_environment_per_row():
 
 
 def test_a_person_can_see_the_game(tmp_path):
-    shown = run("catch_env.py", "--env-id", "Catch-v2", "--episodes", 1, cwd=tmp_path).stdout
+    def run(*args, check=True):  # in a process of its own: the games are registered once
+        command = [sys.executable, str(ROOT / "catch_env.py"), *args]
+        return subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=check)
+
+    shown = run("--env-id", "Catch-v2", "--episodes", "1").stdout
     assert "o" in shown and "=" in shown and "caught 1 of 1" in shown
-    run("catch_env.py", "--env-id", "Catch-v4", "--episodes", 1, "--gif", "game.gif", cwd=tmp_path)
+    run("--env-id", "Catch-v4", "--episodes", "1", "--gif", "game.gif")
     with Image.open(tmp_path / "game.gif") as gif:
         assert gif.size == (336, 336) and gif.n_frames > 11
-    wrong = run("catch_env.py", "--env-id", "Catch-v9", cwd=tmp_path, check=False)
+    wrong = run("--env-id", "Catch-v9", check=False)
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "Catch-v0" in wrong.stderr
