@@ -65,6 +65,14 @@ for algorithm in [algorithm for algorithm in COLOURS if algorithm in curves]:
     draw(panels[1], algorithm, steps, column["max_q"] - column["discounted_return"])
     if "v_minus_max_q" in column:
         draw(panels[2], algorithm, steps, column["v_minus_max_q"])
+print("algorithm, mean return per evaluation; from 0.6 of the steps on: estimate - return [range of seeds], V - max Q")
+for algorithm, runs in curves.items():
+    column = {tag: np.stack([values[tag] for _, values in runs]) for tag in runs[0][1]}
+    late = np.array(runs[0][0]) >= 0.6 * runs[0][0][-1]
+    over = (column["max_q"] - column["discounted_return"])[:, late].mean(axis=1)
+    v = f", {column['v_minus_max_q'][:, late].mean():+.3f}" if "v_minus_max_q" in column else ""
+    returns = " ".join(f"{value:.3f}" for value in column["episodic_return"].mean(axis=0))
+    print(f"{algorithm}: {returns}; {over.mean():+.3f} [{over.min():+.3f}, {over.max():+.3f}]{v}")
 if authors:
     with open(authors) as file:
         names, *rows = [line.rstrip("\n").split("\t") for line in file]
