@@ -298,7 +298,6 @@ def test_plans_of_a_whole_study(tmp_path):
 
     def make(command):
         """What the run of a command leaves behind."""
-        given = dict(zip(command[2::2], command[3::2])) if "--freeze-features" not in command else None
         words = [word for word in command if word != "--freeze-features"]
         given = dict(zip(words[2::2], words[3::2]))
         flags = {"exp_name": "dqv_atari", "seed": given["--seed"], "freeze_features": "--freeze-features" in command}
