@@ -36,6 +36,8 @@ class Plan:
     """the games, as the script's --env-id"""
     stage: Literal["source", "transfer", "self-transfer", "hybrid"]
     """from scratch; every game to every other; to itself (fine-tuning and only-head); the hybrid of these two"""
+    targets: list[str] = field(default_factory=list)
+    """the games among these to train on (none given: all), where games have budgets of their own"""
     script: str = "ddqn_atari.py"
     """the script to run"""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
@@ -44,6 +46,8 @@ class Plan:
     """folder of the runs"""
     args: str = ""
     """further flags of the script, in one string such as "--no-double --total-timesteps 200000" in quotes"""
+    source_args: str = ""
+    """flags of the runs to start from, where these are not --args; further flags of theirs do not matter"""
 
 
 @dataclass
@@ -609,24 +613,34 @@ def equal(one: str, other: str) -> bool:
 
 def plan(args: Plan) -> None:
     script, extra = os.path.splitext(os.path.basename(args.script))[0], wanted_flags(args.args)
-    exp_name = extra.get("exp_name", script)
     for name in ("env_id", "seed", "logdir", "pretrained", "pretrained_head", "freeze_features"):
         if name in extra:
             fail(f"--args: the plan sets --{name.replace('_', '-')} itself")
-    found = {}  # {(mode, source, target, seed): (checkpoint, complete)}
-    for run in read_runs(args.logdir, "eval/episodic_return") if os.path.isdir(args.logdir) else ():
-        as_wanted = all(equal(run.flags.get(name, ""), value) for name, value in ({"double": "True"} | extra).items()
-                        if name != "double" or "double" in run.flags)  # fmt: skip
-        checkpoint = os.path.join(run.folder, f"{run.flags['exp_name']}.pt")
-        if as_wanted and run.flags["exp_name"] == exp_name and os.path.isfile(checkpoint):
-            key = (run.mode, run.source, run.target, run.seed)
-            complete = len(run.steps) > 0 and run.steps[-1] >= total(run)
-            if complete or key not in found:
-                found[key] = checkpoint, complete
+    runs = list(read_runs(args.logdir, "eval/episodic_return")) if os.path.isdir(args.logdir) else []
+
+    def find(wanted: dict) -> dict:
+        """The runs with these flags: {(mode, source, target, seed): (checkpoint, complete)}."""
+        found = {}
+        for run in runs:
+            as_wanted = all(equal(run.flags.get(name, ""), value) for name, value in ({"double": "True"} | wanted).items()
+                            if name != "double" or "double" in run.flags)  # fmt: skip
+            checkpoint = os.path.join(run.folder, f"{run.flags['exp_name']}.pt")
+            if as_wanted and run.flags["exp_name"] == wanted.get("exp_name", script) and os.path.isfile(checkpoint):
+                key = (run.mode, run.source, run.target, run.seed)
+                complete = len(run.steps) > 0 and run.steps[-1] >= total(run)
+                if complete or key not in found:
+                    found[key] = checkpoint, complete
+        return found
+
+    found = find(extra)
+    sources = find(wanted_flags(args.source_args)) if args.source_args else found
     experiments, games = [], {env_id: game(env_id) for env_id in args.env_ids}
     if len(set(games.values())) < len(args.env_ids):
         fail("--env-ids: a game is named twice")
-    for env_id, seed in product(args.env_ids, args.seeds):
+    unknown = [env_id for env_id in args.targets if env_id not in games]
+    if unknown:
+        fail(f"--targets {unknown[0]}: not one of --env-ids {' '.join(games)}")
+    for env_id, seed in product(args.targets or args.env_ids, args.seeds):
         if args.stage == "source":
             experiments.append((("scratch", "", games[env_id], seed), env_id, seed, {}))
         elif args.stage == "transfer":
@@ -642,7 +656,7 @@ def plan(args: Plan) -> None:
                      for f, m in (("--pretrained", "fine-tuning"), ("--pretrained-head", "only-head"))}  # fmt: skip
             experiments.append((("hybrid", games[env_id], games[env_id], seed), env_id, seed, needs))
     needed = dict.fromkeys(key for _, _, _, needs in experiments for key in needs.values())
-    missing = [key for key in needed if not found.get(key, ("", False))[1]]
+    missing = [key for key in needed if not sources.get(key, ("", False))[1]]
     if missing:
         listed = "; ".join(f"{target}, {mode}, seed {seed}" for mode, _, target, seed in missing)
         fail(
@@ -655,7 +669,7 @@ def plan(args: Plan) -> None:
             print(shlex.join([*command, "--resume", checkpoint]))
         elif not complete:
             command += ["--env-id", env_id, "--seed", str(seed), "--logdir", args.logdir]
-            command += [word for flag, needed_key in needs.items() for word in (flag, found[needed_key][0])]
+            command += [word for flag, needed_key in needs.items() for word in (flag, sources[needed_key][0])]
             command += ["--freeze-features"] if key[0] == "only-head" else []
             print(shlex.join(command + shlex.split(args.args)))
 
@@ -737,8 +751,9 @@ if __name__ == "__main__":
         Annotated[Plot, tyro.conf.subcommand("plot")],
     ]
     words = sys.argv[1:]
-    if "--args" in words[:-1]:  # its value begins with --, which would be taken for a flag
-        place = words.index("--args")
-        words[place : place + 2] = [f"--args={words[place + 1]}"]
+    for flag in ("--args", "--source-args"):  # their values begin with --, which would be taken for flags
+        if flag in words[:-1]:
+            place = words.index(flag)
+            words[place : place + 2] = [f"{flag}={words[place + 1]}"]
     args = tyro.cli(Commands, args=words, description="Area ratios, transfer matrices and scores from event files.")
     {Plan: plan, Table: table, Scores: scores, Plot: plot}[type(args)](args)

@@ -378,6 +378,27 @@ def test_a_plan_tells_other_flags_apart(tmp_path):
     assert refused.returncode == 1 and "--args: the plan sets --seed itself" in refused.stderr
 
 
+def test_a_plan_for_games_with_budgets_of_their_own(tmp_path):
+    """--targets are trained on, --source-args finds their sources, whatever the budget of these was."""
+    for env_id, steps in ((GAME, 100), (OTHER, 300)):
+        flags = {"exp_name": "ddqn_atari", "total_timesteps": steps, "learning_rate": 1e-3}
+        (write(tmp_path / "runs", env_id, [0, steps], [1, 1], **flags) / "ddqn_atari.pt").touch()
+    flags = ["--env-ids", GAME, OTHER, "--seeds", 1, "--stage", "transfer", "--args", "--total-timesteps 300"]
+
+    def plan(*more, **kwargs):
+        return run("transfer_matrix.py", "plan", *flags, *more, cwd=tmp_path, **kwargs)
+
+    assert "lacks 1 checkpoints" in plan("--targets", OTHER, check=False).stderr  # the source with 300 steps
+    lines = plan("--targets", OTHER, "--source-args", "--learning-rate 0.001").stdout.splitlines()
+    assert len(lines) == 1 and f"--env-id {OTHER} --seed 1" in lines[0] and "--total-timesteps 300" in lines[0]
+    source = shlex.split(lines[0])[shlex.split(lines[0]).index("--pretrained") + 1]
+    assert tm.read_run(str((tmp_path / source).parent), METRIC).flags["env_id"] == GAME
+    wrong = plan("--targets", OTHER, "--source-args", "--learning-rate 1", check=False)
+    assert "lacks 1 checkpoints" in wrong.stderr
+    refused = plan("--targets", "catch_env:Catch-v4", check=False)
+    assert refused.returncode == 1 and "--targets catch_env:Catch-v4: not one of --env-ids" in refused.stderr
+
+
 def test_a_planned_study_of_the_real_script(tmp_path, toy_flags):
     """Two games of a few steps, from plan to table: what the scripts log is what this script reads."""
     flags = " ".join(toy_flags[2:]).replace("--total-timesteps 1200", "--total-timesteps 216")
