@@ -622,8 +622,9 @@ def plan(args: Plan) -> None:
         """The runs with these flags: {(mode, source, target, seed): (checkpoint, complete)}."""
         found = {}
         for run in runs:
-            as_wanted = all(equal(run.flags.get(name, ""), value) for name, value in ({"double": "True"} | wanted).items()
-                            if name != "double" or "double" in run.flags)  # fmt: skip
+            flags = {"double": "True"} | wanted
+            flags = flags if "double" in run.flags else {name: flags[name] for name in flags if name != "double"}
+            as_wanted = all(equal(run.flags.get(name, ""), value) for name, value in flags.items())
             checkpoint = os.path.join(run.folder, f"{run.flags['exp_name']}.pt")
             if as_wanted and run.flags["exp_name"] == wanted.get("exp_name", script) and os.path.isfile(checkpoint):
                 key = (run.mode, run.source, run.target, run.seed)

@@ -20,11 +20,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 gym.logger.min_level = gym.logger.WARN
 torch.set_num_threads(1)
+ON_CUDA = {
+    "ddqn_atari.py",
+    "dqv_atari.py",
+    "dqv_max_atari.py",
+    "finetune_classify.py",
+}  # scripts with the flag --no-cuda
 
 
 def run(script, *args, cwd, check=True):
     """What `python script args` in `cwd` does, in this process, which saves seconds of imports; without a GPU."""
-    command = [str(ROOT / script), *map(str, args), *(["--no-cuda"] if script.endswith("_atari.py") else [])]
+    command = [str(ROOT / script), *map(str, args), *(["--no-cuda"] if script in ON_CUDA else [])]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
