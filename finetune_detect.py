@@ -1393,8 +1393,10 @@ if __name__ == "__main__":
         sys.exit()
 
     # Data
-    if args.evaluate and args.test_annotations:  # those of the run; else all of --annotations
-        args.annotations, args.val_annotations, args.test_annotations = args.test_annotations, None, None
+    if args.evaluate:  # the test images of the run, or all of other --annotations
+        of_the_run = args.annotations == checkpoint["args"]["annotations"]
+        args.annotations = args.test_annotations if of_the_run and args.test_annotations else args.annotations
+        args.val_annotations = args.test_annotations = None
     pictures = load_pictures(args)
     if checkpoint:
         classes = checkpoint["classes"]

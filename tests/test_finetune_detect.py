@@ -460,6 +460,9 @@ def test_evaluate_and_predict(trained, shapes, tmp_path):
     out = run("finetune_detect.py", "--evaluate", checkpoint, cwd=tmp_path).stdout
     logged = scalars(folder)
     assert f"on 8 images: AP {logged['test/AP'][0][1]:.4f}, AP50 {logged['test/AP50'][0][1]:.4f}" in out
+    other = ["--evaluate", checkpoint, "--annotations", shapes / "val.json"]
+    out = run("finetune_detect.py", *other, cwd=tmp_path).stdout
+    assert f"on 8 images: AP {dict(logged['val/AP'])[torch.load(checkpoint)['epoch']]:.4f}" in out
     (tmp_path / "new").mkdir()
     image, boxes, _ = canvas(np.random.default_rng(5), 2)
     image.save(tmp_path / "new/one.png")

@@ -32,7 +32,18 @@ def test_scripts_stand_alone(script):
     installed = names((ROOT / "requirements.txt").read_text().splitlines()) | {"pillow"}
     assert declared <= installed
     packages = {"PIL": "pillow", "ale_py": "ale-py"}
-    third_party = {"torch", "torchvision", "gymnasium", "numpy", "tyro", "tensorboard", "PIL", "ale_py", "matplotlib", "pycocotools"}
+    third_party = {
+        "torch",
+        "torchvision",
+        "gymnasium",
+        "numpy",
+        "tyro",
+        "tensorboard",
+        "PIL",
+        "ale_py",
+        "matplotlib",
+        "pycocotools",
+    }
     assert {packages.get(module, module) for module in imported & third_party} <= declared
     assert all(len(line) <= 120 for line in source.splitlines())
 
