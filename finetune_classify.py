@@ -1032,4 +1032,6 @@ if __name__ == "__main__":
             rows.writerows([task, *row] for row in zip(classes[task], *columns))
     writer.close()
     say(f"test: loss {loss:.4f}; {describe(metrics)} ({len(indices['test']):,} images; the best of {epoch} epochs)")
+    if unreadable:
+        say(f"{len(unreadable):,} images could not be read and were left out")
     say(f"saved {best_path}, per_class.csv, split.csv")

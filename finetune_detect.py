@@ -1239,8 +1239,8 @@ def draw(image: torch.Tensor, boxes: dict, classes: list[str], threshold: float)
     colors = [("red", "cyan", "yellow", "lime", "magenta", "orange")[(label - 1) % 6] for label in labels]
     if not words:
         return image
-    width = max(1, max(image.shape) // 200)
-    return draw_bounding_boxes(image, boxes["boxes"][shown], words, colors=colors, width=width)
+    look = {"colors": colors, "width": max(2, max(image.shape) // 200), "fill_labels": True, "label_colors": "black"}
+    return draw_bounding_boxes(image, boxes["boxes"][shown], words, **look)
 
 
 def predict(args: Args, model: nn.Module, classes: list[str], device, base: str) -> None:
@@ -1629,4 +1629,6 @@ if __name__ == "__main__":
         os.replace(path + ".tmp", path)
         say(f"test: {describe(metrics)} ({len(found):,} images; the best of {epoch} epochs)")
     writer.close()
+    if unreadable:
+        say(f"{len(unreadable):,} images could not be read and were left out")
     say(f"saved {best_path}")

@@ -247,6 +247,7 @@ def test_unreadable_images_are_named_counted_and_left_out(folder, weights, tmp_p
         ]
         out = run("finetune_classify.py", *SMALL, *flags, cwd=tmp_path).stdout
         assert out.count("disc/3.png cannot be read") == 1 and out.count("square/4.png cannot be read") == 1
+        assert "2 images could not be read and were left out" in out
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
