@@ -34,8 +34,8 @@ class Plan:
 
     env_ids: list[str]
     """the games, as the script's --env-id"""
-    stage: Literal["source", "transfer", "self-transfer", "hybrid"]
-    """from scratch; every game to every other; to itself (fine-tuning and only-head); the hybrid of these two"""
+    stage: Literal["source", "transfer", "only-head", "self-transfer", "hybrid"]
+    """from scratch; every game to every other, fine-tuned or only the head trained; to itself in both ways; the hybrid"""
     targets: list[str] = field(default_factory=list)
     """the games among these to train on (none given: all), where games have budgets of their own"""
     script: str = "ddqn_atari.py"
@@ -644,10 +644,11 @@ def plan(args: Plan) -> None:
     for env_id, seed in product(args.targets or args.env_ids, args.seeds):
         if args.stage == "source":
             experiments.append((("scratch", "", games[env_id], seed), env_id, seed, {}))
-        elif args.stage == "transfer":
+        elif args.stage in ("transfer", "only-head"):
+            mode = "only-head" if args.stage == "only-head" else "fine-tuning"
             for source in [name for name in games.values() if name != games[env_id]]:
                 needs = {"--pretrained": ("scratch", "", source, seed)}
-                experiments.append((("fine-tuning", source, games[env_id], seed), env_id, seed, needs))
+                experiments.append(((mode, source, games[env_id], seed), env_id, seed, needs))
         elif args.stage == "self-transfer":
             for mode in ("fine-tuning", "only-head"):
                 needs = {"--pretrained": ("scratch", "", games[env_id], seed)}

@@ -403,7 +403,7 @@ def test_a_planned_study_of_the_real_script(tmp_path, toy_flags):
     """Two games of a few steps, from plan to table: what the scripts log is what this script reads."""
     flags = " ".join(toy_flags[2:]).replace("--total-timesteps 1200", "--total-timesteps 216")
     games = ["toy_env:Toy-v0", "toy_env:ToyTruncated-v0"]
-    for stage, number in (("source", 2), ("transfer", 2), ("self-transfer", 4), ("hybrid", 2)):
+    for stage, number in (("source", 2), ("transfer", 2), ("only-head", 2), ("self-transfer", 4), ("hybrid", 2)):
         plan = ["plan", "--env-ids", *games, "--seeds", 1, "--stage", stage, "--args", flags + " --eval-frequency 100"]
         lines = run("transfer_matrix.py", *plan, cwd=tmp_path).stdout.splitlines()
         assert len(lines) == number
@@ -411,7 +411,7 @@ def test_a_planned_study_of_the_real_script(tmp_path, toy_flags):
             run(shlex.split(line)[1], *shlex.split(line)[2:], cwd=tmp_path)
         assert run("transfer_matrix.py", *plan, cwd=tmp_path).stdout == ""
     found = cells(tmp_path / "runs")
-    assert len(found) == 2 + 6 and all(cell["n_transfer"] == 1 for cell in found.values())
+    assert len(found) == 4 + 6 and all(cell["n_transfer"] == 1 for cell in found.values())
     assert {mode for mode, _, _ in found} == {"fine-tuning", "only-head", "hybrid"}
 
 
