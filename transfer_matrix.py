@@ -35,7 +35,7 @@ class Plan:
     env_ids: list[str]
     """the games, as the script's --env-id"""
     stage: Literal["source", "transfer", "only-head", "self-transfer", "hybrid"]
-    """from scratch; every game to every other, fine-tuned or only the head; to itself in both ways; the hybrid of these"""
+    """from scratch; every game to every other, fine-tuned or only the head; to itself in both ways; hybrids of these"""
     targets: list[str] = field(default_factory=list)
     """the games among these to train on (none given: all), where games have budgets of their own"""
     script: str = "ddqn_atari.py"
