@@ -632,19 +632,25 @@ def grad_cam(model: Classifier, images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def visual_back_prop(model: Classifier, images: torch.Tensor) -> torch.Tensor:
-    """Bojarski et al. (2018): the mean maps after all rectifiers, multiplied from the last to the first.
+    """Bojarski et al. (2018): mean maps after rectifiers, multiplied from the coarsest resolution to the finest.
 
-    float `(B, 3, H, W)` -> `(B, H, W)` in [0, 1]. Maps grow by interpolation where the paper has a transposed
-    convolution with ones, which needs strides that not every network has.
+    float `(B, 3, H, W)` -> `(B, H, W)` in [0, 1]. Maps of one resolution are averaged first: the paper's network had
+    5 rectifiers, and the product over 35 of today's is a few single pixels. They grow by interpolation where the paper
+    has a transposed convolution with ones, which needs strides that not every network has.
     """
     kinds = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU)
     if not any(isinstance(module, kinds) for module in model.trunk.modules()):
         kinds = (nn.Conv2d,)  # rectified by functions: Inception, DenseNet
     maps, _ = feature_maps(model, images, kinds, lambda output: spread(output.relu().mean(dim=1, keepdim=True)))
-    mask = maps[-1]
-    for values in reversed(maps[:-1]):
-        mask = spread(F.interpolate(mask, values.shape[2:], mode="bilinear") * values)
-    return spread(F.interpolate(mask, images.shape[2:], mode="bilinear"))[:, 0]
+    sizes = sorted({values.shape[2:] for values in maps})
+    mask = torch.ones_like(maps[-1])
+    for size in sizes:
+        values = torch.stack([values for values in maps if values.shape[2:] == size]).mean(dim=0)
+        mask = spread(F.interpolate(mask, size, mode="bilinear") * values)
+    mask = F.interpolate(mask, images.shape[2:], mode="bilinear")[:, 0]
+    # the zeros around an image make a frame that outshines all else: the brightest 2 % count as one
+    top = mask.flatten(1).quantile(0.98, dim=1).clamp(min=1e-12)
+    return (mask / top[:, None, None]).clamp(max=1)
 
 
 def spread(maps: torch.Tensor) -> torch.Tensor:

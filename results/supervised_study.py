@@ -43,10 +43,13 @@ for (data, arm), found in tests.items():
     print(f"| {data} | {arm} | {' | '.join(cells)} | {len(found[metrics[0]])} |")
 
 figure, panels = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False, layout="constrained")
+colours = {arm: f"C{k}" for k, arm in enumerate(sorted({arm for _, arm in tests}))}
 for panel, (data, arms) in zip(panels[0], curves.items()):
-    for k, (arm, runs) in enumerate(arms.items()):
+    for arm, runs in arms.items():
         for i, run in enumerate(runs):
-            panel.plot(range(1, len(run) + 1), run, f"C{k}", alpha=0.8, linewidth=1.2, label=arm if i == 0 else None)
+            panel.plot(
+                range(1, len(run) + 1), run, colours[arm], alpha=0.8, linewidth=1.2, label=arm if i == 0 else None
+            )
     panel.set(title=data, xlabel="epoch", ylabel=f"validation {metrics[0]}", ylim=(0, 1.02))
     panel.legend(fontsize=7)
 figure.savefig(out + ".png", dpi=110)
