@@ -35,8 +35,8 @@ class Args:
     """a classifier of torchvision"""
     image_size: int = 224
     """side of the images in pixels"""
-    images: int = 800
-    """number of images, of which 80 % are trained on"""
+    images: int = 640
+    """number of images to train on"""
     source_size: int = 256
     """side of the JPEG files in pixels"""
     batch_size: int = 32
@@ -52,12 +52,14 @@ class Args:
 
 
 def make_images(folder: Path, args: Args) -> None:
-    """Smooth noise as JPEGs in ten folders."""
+    """Smooth noise as JPEGs in ten folders each of train/, val/ and test/."""
     rng = np.random.default_rng(0)
-    for i in range(args.images):
-        small = Image.fromarray(rng.integers(0, 256, size=(12, 12, 3), dtype=np.uint8))
-        (folder / str(i % 10)).mkdir(exist_ok=True)
-        small.resize((args.source_size,) * 2, Image.Resampling.BICUBIC).save(folder / str(i % 10) / f"{i:05d}.jpg")
+    for split, n in (("train", args.images), ("val", 20), ("test", 20)):
+        for i in range(n):
+            small = Image.fromarray(rng.integers(0, 256, size=(12, 12, 3), dtype=np.uint8))
+            path = folder / split / str(i % 10) / f"{i:05d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            small.resize((args.source_size,) * 2, Image.Resampling.BICUBIC).save(path)
 
 
 def script_rate(args: Args, folder: Path, strategy: str, cwd: str) -> float:
@@ -82,16 +84,16 @@ def bare_rates(args: Args) -> None:
     normalise = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     steps = [v2.Resize(round(args.image_size * 256 / 224), antialias=True), v2.CenterCrop(args.image_size)]
     transform = v2.Compose([*steps, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), normalise])
-    data = ImageFolder(args.bare, transform)
-    data.samples = data.samples[: int(0.8 * len(data))]
+    data = ImageFolder(Path(args.bare, "train"), transform)
     more = {"num_workers": args.workers, "persistent_workers": args.workers > 0, "pin_memory": device.type == "cuda"}
-    loader = DataLoader(data, args.batch_size, shuffle=True, drop_last=True, **more)
+    loader = DataLoader(data, args.batch_size, shuffle=True, **more)
     model = models.get_model(args.arch, weights=None, num_classes=10).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, nesterov=True)
 
     def epoch(batches, train: bool = True) -> float:
-        begun = time.perf_counter()
+        begun, seen = time.perf_counter(), 0
         for images, labels in batches:
+            seen += len(images)
             images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = model(images)
@@ -101,7 +103,7 @@ def bare_rates(args: Args) -> None:
                 loss.backward()
                 optimizer.step()
         logits.sum().item()
-        return len(batches) * args.batch_size / (time.perf_counter() - begun)
+        return seen / (time.perf_counter() - begun)
 
     on_files = [epoch(loader) for _ in range(3)][-1]
     batch = [tensor.to(device) for tensor in next(iter(loader))]

@@ -12,8 +12,11 @@ detect() {
 detect ssd-fine-tune ssd 25 --strategy fine-tune
 detect ssd-off-the-shelf ssd 25 --strategy off-the-shelf
 detect ssd-scratch ssd 25 --strategy scratch
-for arch in fasterrcnn yolov3 fcos retinanet; do detect $arch-fine-tune $arch 15; done
-detect fastrcnn-fine-tune fastrcnn 15 --proposals selective-search
+detect fasterrcnn-fine-tune fasterrcnn 15
+# still to be run:
+# for arch in yolov3 fcos retinanet; do detect $arch-fine-tune $arch 15; done
+# detect fastrcnn-fine-tune fastrcnn 15 --proposals selective-search
 python results/supervised_study.py results/detect/study "AP@0.5,AP@0.1,AP" runs/*
-# detections.png: eight of the pictures that this writes
-python finetune_detect.py --evaluate runs/*__ssd-fine-tune__*/ssd-fine-tune.pt --predict images
+# detections.jpg: eight of the pictures that this writes
+python finetune_detect.py --evaluate runs/*__fasterrcnn-fine-tune__*/fasterrcnn-fine-tune.pt --predict images \
+  --predict-threshold 0.5
