@@ -729,13 +729,12 @@ def load_checkpoint(path: str) -> dict:
     return data
 
 
-def restore(checkpoint: dict, **flags) -> Classifier:
+def restore(checkpoint: dict) -> Classifier:
     """The network of a checkpoint."""
-    args = Args(**{k: v for k, v in checkpoint["args"].items() if k in {f.name for f in fields(Args)}} | flags)
-    args.weights = "none" if args.weights not in ("none",) else args.weights
-    args.image_size = checkpoint["preprocessing"]["size"]
+    args = Args(**{k: v for k, v in checkpoint["args"].items() if k in {f.name for f in fields(Args)}})
+    args.weights, args.image_size = "none", checkpoint["preprocessing"]["size"]
     trunk, features, aux, _ = make_trunk(args, random=True)
-    if args.arch == "inception_v3":
+    if hasattr(trunk, "transform_input"):  # Inception and GoogLeNet
         trunk.transform_input = checkpoint["transform_input"]
     model = Classifier(trunk, features, aux, checkpoint["preprocessing"], checkpoint["classes"])
     model.load_state_dict(checkpoint["model"])

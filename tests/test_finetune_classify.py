@@ -552,6 +552,38 @@ def test_evaluate_predict_and_saliency(trained, folder):
     assert (columns > 1).all()
 
 
+@pytest.mark.parametrize("arch, size", [("googlenet", 64), ("inception_v3", 96)])
+def test_networks_that_rescale_their_input_do_so_again_when_restored(arch, size):
+    """Pretrained ones do, random ones do not; a checkpoint has to say which."""
+    args = defaults(arch=arch, weights="none", image_size=size)
+    for rescales in (True, False):
+        model = fc.Classifier(*fc.make_trunk(args, random=True), {"class": ["a", "b"]}).eval()
+        model.trunk.transform_input = rescales
+        state = {"args": vars(args), "classes": {"class": ["a", "b"]}, "preprocessing": model.preprocessing}
+        again = fc.restore(state | {"model": model.state_dict(), "transform_input": rescales}).eval()
+        images = torch.randint(0, 256, (2, 3, size, size)).float()
+        with torch.no_grad():
+            assert torch.equal(model(images)["class"], again(images)["class"])
+
+
+def test_visual_back_prop_finds_the_only_thing_there_is():
+    """Identity layers: the product of the maps is the picture itself."""
+    trunk = nn.Sequential()
+    for _ in range(2):
+        conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        nn.init.dirac_(conv.weight)
+        trunk.extend([conv, nn.ReLU(), nn.MaxPool2d(2)])
+    preprocessing = {"size": 32, "resize": 32, "mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"}
+    model = fc.Classifier(trunk.append(nn.Flatten()), 3 * 64, 0, preprocessing, {"class": ["a", "b"]}).eval()
+    images = torch.zeros(2, 3, 32, 32)
+    images[0, :, 4:12, 8:16] = images[1, :, 20:24, 20:30] = 255.0
+    masks = fc.visual_back_prop(model, images)
+    assert masks.shape == (2, 32, 32) and masks.min() >= 0 and masks.max() == 1
+    for image, mask in zip(images, masks):
+        inside = image[0] > 0
+        assert mask[inside].mean() > 0.8 and mask[~inside].mean() < 0.1
+
+
 def test_a_chain_to_other_classes(trained, folder, tmp_path):
     """--pretrained: all but the heads of a network with other classes."""
     for kind in ("disc", "square"):
