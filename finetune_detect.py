@@ -959,7 +959,7 @@ def make_detector(args: Args, num_classes: int, anchors: Optional[list] = None) 
     boxes = detection.anchor_utils.AnchorGenerator(((32,), (64,), (128,), (256,)), ((0.5, 1.0, 2.0),) * 4)
     kind = FastRCNN if args.arch == "fastrcnn" else detection.FasterRCNN
     backbone = Pyramid(body, channels, LastLevelMaxPool())
-    # 128 regions an image and 256 hidden units, where torchvision has 512 and 1,024: a tenth of the time on a CPU
+    # 128 regions an image and 256 hidden units, where torchvision has 512 and 1,024: a third of the time on a CPU
     head = {"box_head": detection.faster_rcnn.TwoMLPHead(256 * 7 * 7, 256), "box_batch_size_per_image": 128}
     head["box_predictor"] = detection.faster_rcnn.FastRCNNPredictor(256, num_classes)
     model = kind(backbone, rpn_anchor_generator=boxes, box_roi_pool=pool, **head, **scale)
