@@ -229,8 +229,14 @@ def test_an_update_by_hand():
 
 @pytest.mark.parametrize(
     "arch, size, parameters",
-    [("resnet20", 32, 269_722), ("mlp", 28, 266_610), ("resnet18", 32, 11_173_962), ("resnet50", 224, 23_528_522), ("conv", 32, 391_466)],
-)  # fmt: skip
+    [
+        ("resnet20", 32, 269_722),
+        ("mlp", 28, 266_610),
+        ("resnet18", 32, 11_173_962),
+        ("resnet50", 224, 23_528_522),
+        ("conv", 32, 391_466),
+    ],
+)
 def test_networks(arch, size, parameters):
     network = lt.make_network(arch, 10, size, lt.stream(0)).eval()
     assert sum(p.numel() for p in network.parameters()) == parameters
@@ -314,7 +320,10 @@ def test_cifar_as_torchvision_keeps_it(classes, tmp_path, monkeypatch):
 )
 def test_mnist_s_files_packed_or_not(dataset, where, packed, tmp_path):
     rng = np.random.default_rng(0)
-    images = {"train": rng.integers(0, 256, (100, 28, 28), dtype=np.uint8), "t10k": rng.integers(0, 256, (20, 28, 28), dtype=np.uint8)}  # fmt: skip
+    images = {
+        "train": rng.integers(0, 256, (100, 28, 28), dtype=np.uint8),
+        "t10k": rng.integers(0, 256, (20, 28, 28), dtype=np.uint8),
+    }
     for part, values in images.items():
         write_idx(tmp_path / where / f"{part}-images-idx3-ubyte", values, packed)
         write_idx(
@@ -390,8 +399,9 @@ def test_folders_that_are_split_already_and_odd_images(folder, tmp_path, capsys)
 
 
 def known_data(sizes, side, channels=3, crop=None):
-    pixels = {s: torch.randint(0, 256, (n, side, side, channels), generator=lt.stream(s), dtype=torch.uint8).permute(0, 3, 1, 2)
-              for s, n in sizes.items()}  # fmt: skip
+    shapes = {split: (n, side, side, channels) for split, n in sizes.items()}
+    pixels = {s: torch.randint(0, 256, shape, generator=lt.stream(s), dtype=torch.uint8) for s, shape in shapes.items()}
+    pixels = {split: values.permute(0, 3, 1, 2) for split, values in pixels.items()}
     return lt.Data("known", ["a", "b"], pixels, {s: torch.arange(n) % 2 for s, n in sizes.items()}, crop or side)
 
 
@@ -465,8 +475,16 @@ def test_a_source_run_leaves_tickets(source, folder):
             assert all(
                 (ticket[state][name][~m] == 0).all() and (ticket[state][name][m] != 0).all() for name, m in mask.items()
             )
-        for name, value in {"arch": "conv", "dataset": folder.name, "image_size": 16, "seed": 1, "pruning": "global",
-                            "rewind": "1ep2it", "round": r, "classes": ["level", "slanting", "upright"]}.items():  # fmt: skip
+        for name, value in {
+            "arch": "conv",
+            "dataset": folder.name,
+            "image_size": 16,
+            "seed": 1,
+            "pruning": "global",
+            "rewind": "1ep2it",
+            "round": r,
+            "classes": ["level", "slanting", "upright"],
+        }.items():
             assert meta[name] == value
         assert meta["test_accuracy"] == float(row["test_accuracy"]) and row["epochs"] == "3"
         left -= round(0.2 * left)
