@@ -517,8 +517,9 @@ def keep_largest(scores: torch.Tensor, n: int) -> torch.Tensor:
 def prune(weights: dict, masks: dict, kind: str, fraction: float) -> dict[str, torch.Tensor]:
     """The next round's masks: `fraction` of what remains is pruned, rounded, and never all of a layer.
 
-    Only what remains is ranked, by its place in the ranking and not by a threshold: the count is exact. "channel" does
-    what `torch.nn.utils.prune.ln_structured(n=1, dim=0)` does on top of a mask.
+    Only what remains is ranked, by its place in the ranking and not by a threshold: the count is exact. The masks are
+    those of `torch.nn.utils.prune` (global_unstructured, l1_unstructured, ln_structured with n=1 and dim=0), which would
+    rename the parameters and let "global" empty a layer.
     """
     scores = {name: weights[name].abs() for name in masks}
     if kind == "channel":

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -943,3 +944,46 @@ def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path):
 def test_track_needs_wandb(folder, tmp_path):
     done = run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, "--track", cwd=tmp_path, check=False)
     assert done.returncode == 1 and "--track needs Weights and Biases" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "target, file",
+    [
+        ("Human-LBA", "human_lba"),
+        ("Lung_Tissues", "lung_tissues"),
+        ("artist-1", "artist_classification_1"),
+        ("type", "type_classification"),
+    ],
+)
+def test_the_authors_curves_give_the_published_table(target, file, tmp_path):
+    """Written as runs of this script; the two cells that differ do so in the author's own logs."""
+    with open(ROOT / "tests" / "data" / f"{file}.txt") as curves:
+        rounds = list(csv.DictReader(curves, delimiter="\t"))
+    arms = {"dense": "baseline", "own-global": "winning_ticket", "own-reinit": "random_mask"}
+    arms |= {f"{source}-global": source.replace("-", "_") for source in ("cifar10", "cifar100")}
+    arms |= {"fashion-mnist-global": "fahion_mnist"}
+    for arm, column in arms.items():
+        run_dir = tmp_path / "runs" / arm
+        run_dir.mkdir(parents=True)
+        control = {"dense": "dense", "own-reinit": "reinit"}.get(arm, "none")
+        source = None if arm.startswith(("dense", "own")) else arm.removesuffix("-global")
+        setting = {"target": target, "arm": arm, "seed": 1, "exp_name": lt.Args.exp_name, "control": control}
+        setting |= {"train_fraction": 1.0, "source_dataset": source}
+        (run_dir / "hyperparameters.json").write_text(json.dumps(setting))
+        with open(run_dir / "results.csv", "w", newline="") as results:
+            table = csv.DictWriter(results, lt.COLUMNS)
+            table.writeheader()
+            for r, row in enumerate(rounds if arm != "dense" else rounds[:1]):
+                values = dict.fromkeys(lt.COLUMNS, 0) | {"round": r, "sparsity": 1 - 0.8**r}
+                table.writerow(values | {"val_accuracy": 0.5, "test_accuracy": float(row[column]) / 100})
+    out = run(SCRIPT, "--report", "runs", cwd=tmp_path).stdout
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[2:] for line in out.splitlines()}
+    wrong = {("Human-LBA", "cifar100-global"), ("Lung_Tissues", "fashion-mnist-global")}
+    for arm in arms:
+        if arm == "own-reinit":
+            assert cells[arm][1] == "–"
+            continue
+        ours, published = (re.match(r"([\d.]+)[^(]*\(?([\d.]*)", cell).groups() for cell in cells[arm])
+        alike = abs(float(ours[0]) - float(published[0])) < 0.011
+        alike &= not published[1] or abs(float(ours[1]) - float(published[1])) < 0.021
+        assert alike == ((target, arm) not in wrong), (arm, cells[arm])
