@@ -240,7 +240,8 @@ def read_torchvision(args: Args) -> tuple[list[str], dict[str, tuple[torch.Tenso
                 classes = kind.classes
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
-        fail(f"--data-dir {args.data_dir}: {args.dataset} could not be read ({reason}); --download fetches it")
+        hint = "" if args.download else "; --download fetches it"
+        fail(f"--data-dir {args.data_dir}: {args.dataset} could not be read ({reason}){hint}")
     return list(classes), parts
 
 
@@ -922,6 +923,10 @@ if __name__ == "__main__":
     if keep_from >= args.epochs * per_epoch:
         fail(f"--rewind {args.rewind} is {keep_from:,} updates, and a round has {args.epochs * per_epoch:,}")
 
+    built_for = source["built_for"] if source else args.image_size
+    if args.arch == "mlp" and built_for != args.image_size:
+        fail(f"--image-size {args.image_size}: this ticket is a network for {built_for} pixels and nothing else")
+
     # TRY NOT TO MODIFY: the run's folder and logs
     if args.control == "dense":
         arm = "dense"
@@ -973,9 +978,6 @@ if __name__ == "__main__":
 
     # The network. A control that begins at random must not begin with the source's own initial weights, and the last
     # layer is the same in all arms.
-    built_for = source["built_for"] if source else args.image_size
-    if args.arch == "mlp" and built_for != args.image_size:
-        fail(f"--image-size {args.image_size}: this ticket is a network for {built_for} pixels and nothing else")
     role = "control" if tickets else "source"
     network = make_network(args.arch, len(data.classes), built_for, stream(args.seed, role)).to(device)
     xavier(network.fc, stream(args.seed, "head"))
