@@ -103,7 +103,8 @@ class Args:
     epochs: int = 90
     """the last epoch of every round, unless --patience ends it first"""
     patience: int = 5
-    """epochs without a lower validation loss after which a round ends; 0: never"""
+    """epochs without a lower validation loss after which a round ends, with the weights of the lowest; 0: never, and
+    with the last weights"""
     batch_size: int = 64
     """images per update"""
     learning_rate: float = 0.1
@@ -1086,13 +1087,13 @@ if __name__ == "__main__":
                 writer.add_scalar(f"{tag}/{name}", value, epoch + 1)
             writer.add_scalar(f"{tag}/learning_rate", rate, epoch + 1)
             stale += 1
-            if found[0] < best[0]:
+            if found[0] < best[0] or not args.patience:
                 best, best_state, stale = [*found, epoch + 1], clone(network.state_dict()), 0
             if time.perf_counter() - saved_at > 60:
                 save_last()
                 saved_at = time.perf_counter()
 
-        # The test images, once a round, with the weights of the lowest validation loss
+        # The test images, once a round, with the weights of the lowest validation loss (of the end without --patience)
         if over() and not signals:
             network.load_state_dict(best_state)
             found = test("test")
