@@ -40,7 +40,8 @@ with open(out + ".csv", "w", newline="") as file:
             row = (f"{values[tag][i]:.4f}" if tag in values else "" for tag in TAGS)
             writer.writerow([algorithm, seed, step, *row])
         curves[algorithm].append((steps, values))
-        episodes[algorithm].append([event.value for event in events.Scalars("charts/episodic_return")])
+        finished = "charts/episodic_return" in events.Tags()["scalars"]
+        episodes[algorithm].append([e.value for e in events.Scalars("charts/episodic_return")] if finished else [])
 
 figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
 
@@ -58,7 +59,7 @@ for algorithm in [algorithm for algorithm in COLOURS if algorithm in curves]:
     if authors:
         shortest = min(map(len, episodes[algorithm]))
         returns = np.mean([run[:shortest] for run in episodes[algorithm]], axis=0)
-        smooth = np.convolve(returns, np.ones(20) / 20, "valid")
+        smooth = np.convolve(returns, np.ones(20) / 20, "valid") if shortest >= 20 else np.array([])
         panels[0].plot(np.arange(len(smooth)) + 19, smooth, color=COLOURS[algorithm], label=algorithm)
     else:
         draw(panels[0], algorithm, steps, column["episodic_return"])

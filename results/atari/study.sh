@@ -3,8 +3,9 @@
 #   bash results/atari/study.sh
 #
 # DQN, DDQN, DQV and DQV-Max learn Pong, Boxing and Enduro from scratch; then the networks of Boxing and Enduro are
-# transferred to Pong, by fine-tuning and with frozen features; tables, curves and scores go to results/atari/. The same
-# command continues a study that was stopped, and LIMIT stops it (in seconds, runs write their checkpoints):
+# transferred to Pong, by fine-tuning and with frozen features; tables, scores and curves (beside the author's) go to
+# results/atari/. The same command continues a study that was stopped, and LIMIT stops it (in seconds; the runs write
+# their checkpoints):
 #
 #   LIMIT=570 STEPS=2000000 SEEDS="1 2" PARALLEL=4 bash results/atari/study.sh
 set -u
@@ -19,7 +20,8 @@ plan() {  # SCRIPT NAME FLAGS STAGE: the commands of a stage that are not comple
 }
 stage() {  # STAGE ...: of all algorithms
   { plan ddqn_atari.py dqn_atari --no-double "$@" && plan ddqn_atari.py ddqn_atari "" "$@" \
-    && plan dqv_atari.py dqv_atari "" "$@" && plan dqv_max_atari.py dqv_max_atari "" "$@"; } > "$LOGDIR/$1.txt" || exit 1
+    && plan dqv_atari.py dqv_atari "" "$@" && plan dqv_max_atari.py dqv_max_atari "" "$@"; } > "$LOGDIR/$1.txt" \
+    || exit 1
   left=$((LIMIT - (SECONDS - begun)))
   [ $left -gt 0 ] || { echo "time is up before --stage $1; the same command goes on"; exit 1; }
   [ -s "$LOGDIR/$1.txt" ] || return 0
@@ -35,4 +37,10 @@ for format in markdown csv; do
 done
 python transfer_matrix.py scores --logdir "$LOGDIR" > "$OUT/scores.markdown" \
   && python transfer_matrix.py plot --logdir "$LOGDIR" --out "$OUT" --baseline random || exit 1
+for game in $GAMES; do  # from scratch: the earliest run of each algorithm and seed; beside the author's own curves
+  author="results/atari/author/$(echo "$game" | tr '[:upper:]' '[:lower:]')_results.txt"
+  for name in dqn_atari ddqn_atari dqv_atari dqv_max_atari; do
+    for seed in $SEEDS; do ls -d "$LOGDIR/ALE-$game-v5__${name}__${seed}__"* | head -n 1; done
+  done | xargs -d '\n' python results/dqv_study.py "$OUT/$game" $([ -f "$author" ] && echo "--authors $author")
+done || exit 1
 echo "$((SECONDS - begun)) seconds in this call, $(ls "$LOGDIR"/*/*.pt | wc -l) runs in $LOGDIR"

@@ -3,13 +3,19 @@
 clothes: 600 images of each of six classes (a source); shoes-and-bags: 100 of each of the other four (a natural
 target). The first images of each class in the training set, in their order.
 """
+
 import gzip, os, sys
 import numpy as np
 from PIL import Image
+
 names = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+
+
 def read(name, offset):
     with gzip.open(os.path.join(sys.argv[1], name)) as file:
         return np.frombuffer(file.read(), np.uint8, offset=offset)
+
+
 labels = read("train-labels-idx1-ubyte.gz", 8)
 images = read("train-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
 for label, name in enumerate(names):
