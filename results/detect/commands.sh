@@ -12,10 +12,10 @@ detect() {
 detect ssd-fine-tune ssd 25 --strategy fine-tune
 detect ssd-off-the-shelf ssd 25 --strategy off-the-shelf
 detect ssd-scratch ssd 25 --strategy scratch
-detect fasterrcnn-fine-tune fasterrcnn 15
-# still to be run:
-# for arch in yolov3 fcos retinanet; do detect $arch-fine-tune $arch 15; done
-# detect fastrcnn-fine-tune fastrcnn 15 --proposals selective-search
+detect fasterrcnn-fine-tune fasterrcnn 15 --strategy fine-tune
+for arch in yolov3 fcos retinanet; do detect $arch-fine-tune $arch 15 --strategy fine-tune; done
+detect fastrcnn-fine-tune fastrcnn 15 --strategy fine-tune --proposals selective-search
+# about a minute an epoch (SSD: a quarter); the folders in runs/ were renamed to paintings__ARM__SEED__TIME
 python results/supervised_study.py results/detect/study "AP@0.5,AP@0.1,AP" runs/*
 # detections.jpg: eight of the pictures that this writes
 python finetune_detect.py --evaluate runs/*__fasterrcnn-fine-tune__*/fasterrcnn-fine-tune.pt --predict images \
