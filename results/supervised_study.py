@@ -51,5 +51,5 @@ for panel, (data, arms) in zip(panels[0], curves.items()):
                 range(1, len(run) + 1), run, colours[arm], alpha=0.8, linewidth=1.2, label=arm if i == 0 else None
             )
     panel.set(title=data, xlabel="epoch", ylabel=f"validation {metrics[0]}", ylim=(0, 1.02))
-    panel.legend(fontsize=7)
+    panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 figure.savefig(out + ".png", dpi=110)

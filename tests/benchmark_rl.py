@@ -115,7 +115,9 @@ def ours(args: Args, processes: int) -> list[dict]:
     """What `ours_child` found in each of several processes at once."""
     command = [sys.executable, __file__, "--child", "ours", "--script", args.script, "--game", args.game]
     command += ["--steps", str(args.steps), f"--flags={args.flags}"]
-    runs = [subprocess.Popen([*command], stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    # with the threads of others beside them, threads of their own would make all of them several times as slow
+    env = os.environ | ({"OMP_NUM_THREADS": "1"} if processes > 1 else {})
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) for _ in range(processes)]
     outputs = [run.communicate()[0] for run in runs]
     if any(run.returncode for run in runs):
         sys.exit(f"{args.script} failed")
