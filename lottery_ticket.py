@@ -823,12 +823,14 @@ def report(folders: list[str], out: str) -> None:
             lines.append([arm, *cells, alike and published.get(name) or "–"])
         head = ["best ticket (its sparsity)", "chosen on validation", "highest on test, as published", "published"]
         print(markdown(head, lines) + "\n")
-        figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(8.5, 4.2), layout="constrained")
+        drawn = []
         for arm in runs:
             points = [r for r in rounds if at(arm, r)]
             left = [100 * (1 - statistics.fmean(at(arm, r, "sparsity"))) for r in points]
             found = [mean_and_half([100 * value for value in at(arm, r)]) for r in points]
             means, halves = np.array([mean for mean, _ in found]), np.array([half or 0.0 for _, half in found])
+            drawn += list(zip(left, means))
             if arm.startswith("dense"):  # there is one, to be compared with all sparsities
                 axes.axhline(means[0], color="black", linestyle="--", label=f"{arm}, n = {len(runs[arm])}")
                 axes.axhspan(means[0] - halves[0], means[0] + halves[0], color="black", alpha=0.1, linewidth=0)
@@ -836,11 +838,13 @@ def report(folders: list[str], out: str) -> None:
             (line,) = axes.plot(left, means, marker=".", label=f"{arm}, n = {len(runs[arm])}")
             axes.fill_between(left, means - halves, means + halves, color=line.get_color(), alpha=0.15, linewidth=0)
         axes.set(xscale="log", xlabel="weights left, %", ylabel="test accuracy, %", title=target)
-        ticks = [left for left in (100, 70, 50, 30, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1) if left >= 90 * 0.8 ** max(rounds)]
+        least, low, high = min(left for left, _ in drawn), *(edge(mean for _, mean in drawn) for edge in (min, max))
+        ticks = [left for left in (100, 70, 50, 30, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1) if left >= 0.9 * least]
         axes.set_xticks(ticks, [f"{left:g}" for left in ticks])
         axes.minorticks_off()
         axes.invert_xaxis()
-        axes.legend(fontsize=7)
+        axes.set_ylim(max(low - 10, -1), min(high + 10, 101))  # intervals of two or three seeds leave the picture
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         path = os.path.join(out, f"lottery_{target}.png".replace(" ", "_"))
         figure.savefig(path + ".tmp", dpi=100, format="png")
         os.replace(path + ".tmp", path)
