@@ -869,7 +869,7 @@ def test_report_of_made_up_runs(tmp_path, capsys):
     assert "| cifar10-global | 65.00 (0.000) | 65.00 (0.000) | 79.17 ± 1.85 (.945) |" in out
     assert "| cifar10-global-reinit | 50.00 (0.000) | 50.00 (0.000) | – |" in out
     with Image.open(tmp_path / "out/lottery_Human_LBA.png") as image:
-        assert image.size == (700, 420) and len(set(image.convert("L").tobytes())) > 50
+        assert image.size == (850, 420) and len(set(image.convert("L").tobytes())) > 50
     other = made_up(tmp_path / "other", "own-global", 4, [(0.5, 0.5)], epochs=10)
     done = run(SCRIPT, "--report", tmp_path / "runs", tmp_path / "other", cwd=tmp_path, check=False)
     assert done.returncode == 1 and "are of one arm but differ in epochs 10 and 9" in done.stderr
