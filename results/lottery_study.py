@@ -30,6 +30,16 @@ with open(out + ".csv", "w", newline="") as file:
     writer.writerows({key: f"{value:.4g}" if "loss" in key or "accuracy" in key else value for key, value in row.items()}
                      for row in rows)  # fmt: skip
 
+print(
+    "| target | arm | test accuracy, mean of the rounds with at most a tenth of the weights, minus dense: of each seed |"
+)
+print("|---|---|---|")
+for target, arms in found.items():
+    for arm, runs in arms.items() if "dense" in arms else ():
+        sparse = [run[1][run[0] < 0.1].mean() if arm != "dense" else run[1][0] for run in runs]
+        gains = [100 * (value - dense[1][0]) for value, dense in zip(sparse, arms["dense"])]
+        print(f"| {target} | {arm} | {np.mean(gains):+.1f} ({', '.join(f'{gain:+.1f}' for gain in gains)}) |")
+
 
 def draw(panel, title, curves):
     for arm, runs in curves.items():
