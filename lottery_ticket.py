@@ -520,8 +520,8 @@ def prune(weights: dict, masks: dict, kind: str, fraction: float) -> dict[str, t
     """The next round's masks: `fraction` of what remains is pruned, rounded, and never all of a layer.
 
     Only what remains is ranked, by its place in the ranking and not by a threshold: the count is exact. The masks are
-    those of `torch.nn.utils.prune` (global_unstructured, l1_unstructured, ln_structured with n=1 and dim=0), which would
-    rename the parameters and let "global" empty a layer.
+    those of `torch.nn.utils.prune` (global_unstructured, l1_unstructured, ln_structured with n=1 and dim=0), which
+    would rename the parameters and let "global" empty a layer.
     """
     scores = {name: weights[name].abs() for name in masks}
     if kind == "channel":
@@ -1097,7 +1097,7 @@ if __name__ == "__main__":
                 save_last()
                 saved_at = time.perf_counter()
 
-        # The test images, once a round, with the weights of the lowest validation loss (of the end without --patience)
+        # The test images, once a round, with the weights of the lowest validation loss (without --patience the last)
         if over() and not signals:
             network.load_state_dict(best_state)
             found = test("test")
