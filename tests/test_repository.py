@@ -116,7 +116,7 @@ def test_the_drift_test_names_the_block_that_drifted(monkeypatch, tmp_path):
 
 
 def test_the_readme_names_only_flags_that_exist():
-    known = {"--help", "--flags", "--peer", "--updates", "--rounds", "--processes", "--steps"}  # of tests/benchmark_*.py
+    known = {"--help", "--flags", "--peer", "--updates", "--rounds", "--processes", "--steps"}  # of benchmark_rl.py
     known |= {"--array", "--gres", "--wrap", "--images", "--source-size"}  # of Slurm; of benchmark_classify.py
     for script in SCRIPTS:
         module = importlib.import_module(script)
