@@ -33,7 +33,8 @@ stage source
 stage transfer --targets $(ids $TARGETS)
 stage only-head --targets $(ids $TARGETS)
 for format in markdown csv; do
-  python transfer_matrix.py table --logdir "$LOGDIR" --baseline random --format $format > "$OUT/table.$format" || exit 1
+  python transfer_matrix.py table --logdir "$LOGDIR" --baseline random --format $format > "$OUT/table.$format" \
+    || rm "$OUT/table.$format"  # a single game has no transfers to compare; that is said
 done
 python transfer_matrix.py scores --logdir "$LOGDIR" > "$OUT/scores.markdown" \
   && python transfer_matrix.py plot --logdir "$LOGDIR" --out "$OUT" --baseline random || exit 1
