@@ -1583,6 +1583,8 @@ if __name__ == "__main__":
         if result is None:
             break
         metrics, found = result
+        if not sums:
+            fail("none of the training images could be read")
         means = {name: value / sums["batches"] for name, value in sums.items() if name != "batches"}
         if not math.isfinite(means["loss"]):
             diverged(means)
@@ -1591,9 +1593,10 @@ if __name__ == "__main__":
         stale = 0 if score > best else stale + 1
         for name, value in means.items():
             writer.add_scalar("train/loss" if name == "loss" else f"losses/{name.removeprefix('loss_')}", value, epoch)
-        writer.add_scalar("charts/learning_rate", rate, epoch)
-        writer.add_scalar("charts/seconds_per_update", (seconds - waiting) / max(batches - first, 1), epoch)
-        writer.add_scalar("charts/seconds_waiting_for_data", waiting / max(batches - first, 1), epoch)
+        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], epoch)
+        if batches > first:  # not so in a run that was stopped during this validation
+            writer.add_scalar("charts/seconds_per_update", (seconds - waiting) / (batches - first), epoch)
+            writer.add_scalar("charts/seconds_waiting_for_data", waiting / (batches - first), epoch)
         write(metrics, found, "val")
         say(f"epoch {epoch}: loss {means['loss']:.4f}; validation: {describe(metrics)}; {seconds:.0f} s, "
             f"{waiting:.1f} s of them waiting for data")  # fmt: skip

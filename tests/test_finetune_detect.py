@@ -5,6 +5,8 @@ import csv
 import io
 import json
 import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -500,6 +502,39 @@ def test_a_killed_run_resumes_to_the_last_bit(shapes, tmp_path):
     left_out = ("charts/seconds_per_update", "charts/seconds_waiting_for_data")
     one, other = (scalars(only_run(tmp_path / name), left_out) for name in ("whole", "parts"))
     assert one == other
+
+
+def test_a_run_killed_in_validation_resumes(shapes, tmp_path, monkeypatch):
+    more = ["--strategy", "scratch", "--epochs", "2", "--batch-size", "4", "--exp-name", "detector"]
+    run("finetune_detect.py", *flags(shapes, *more, "--logdir", "whole"), cwd=tmp_path)
+    opened, real = [], Image.open
+
+    def stop(path, *rest, **others):
+        opened.extend([path] * ("val_03" in str(path)))
+        if len(opened) == 2 and "val_03" in str(path):  # the first time it was the check of the annotations
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(path, *rest, **others)
+
+    monkeypatch.setattr(Image, "open", stop)
+    ended = run("finetune_detect.py", *flags(shapes, *more, "--logdir", "parts"), cwd=tmp_path, check=False)
+    assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+    last = only_run(tmp_path / "parts") / "detector_last.pt"
+    assert (torch.load(last)["epoch"], torch.load(last)["step"]) == (0, 8)
+    run("finetune_detect.py", "--resume", last, cwd=tmp_path)
+    left_out = ("charts/seconds_per_update", "charts/seconds_waiting_for_data")
+    one, other = (scalars(only_run(tmp_path / name), left_out) for name in ("whole", "parts"))
+    assert one == other
+
+
+def test_training_images_that_cannot_be_read_end_the_run(shapes, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(shapes / "images", images)
+    for path in images.glob("train_*.png"):
+        Image.open(path).save(path, "jpeg")
+        path.write_bytes(path.read_bytes()[:-200])  # the header is there, the end is not
+    command = [*flags(shapes, "--strategy", "scratch"), "--data-dir", images]
+    ended = run("finetune_detect.py", *command, cwd=tmp_path, check=False)
+    assert ended.returncode == 1 and "none of the training images could be read" in ended.stderr
 
 
 def test_one_file_is_split_and_the_split_kept(shapes, tmp_path):
