@@ -962,7 +962,7 @@ if __name__ == "__main__":
         model.train()
         order.epoch, order.start = epoch, step
         begun = waited_from = time.perf_counter()
-        waiting, first = 0.0, step
+        waiting, first, images_before = 0.0, step, sums[1]
         for inputs, chosen in batches(train_loader):
             waiting += time.perf_counter() - waited_from
             if len(chosen) > 1 or frozen:
@@ -993,7 +993,7 @@ if __name__ == "__main__":
         if result is None:
             break
         mean, (val_loss, metrics) = sums[0] / max(sums[1], 1), result
-        epoch, step, rate = epoch + 1, 0, sums[1] / seconds
+        epoch, step, rate = epoch + 1, 0, (sums[1] - images_before) / seconds
         if not np.isfinite(mean + val_loss):
             diverged(mean)
         sums, stale = [0.0, 0], 0 if val_loss < best else stale + 1
