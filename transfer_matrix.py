@@ -716,7 +716,8 @@ def plot(args: Plot) -> None:
             if cell["low"] is not None and (cell["low"] > 0 or cell["high"] < 0):
                 text += "*"
             text += "" if cell["published"] is None else f"\n({cell['published']:+.2f})"
-            axes.text(x, y, text, ha="center", va="center", fontsize=8)
+            dark = abs(np.nan_to_num(values[y, x])) > 0.65
+            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
         picture = axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
         axes.set_xticks(range(len(targets)), targets, rotation=30, ha="right")
         axes.set_yticks(range(len(sources)), sources)
