@@ -117,7 +117,7 @@ def test_the_drift_test_names_the_block_that_drifted(monkeypatch, tmp_path):
 
 def test_the_readme_names_only_flags_that_exist():
     known = {"--help", "--flags", "--peer", "--updates", "--rounds", "--processes", "--steps"}  # of benchmark_rl.py
-    known |= {"--array", "--gres", "--wrap", "--images", "--source-size"}  # of Slurm; of benchmark_classify.py
+    known |= {"--array", "--gres", "--wrap", "--images", "--source-size", "--archs"}  # of Slurm, the other benchmarks
     for script in SCRIPTS:
         module = importlib.import_module(script)
         for name in [name for name in ("Args", "Plan", "Table", "Scores", "Plot") if hasattr(module, name)]:
@@ -130,7 +130,7 @@ def test_the_readme_names_only_flags_that_exist():
 def test_the_readme_describes_every_script_and_file():
     for script in SCRIPTS:
         assert f"`{script}.py`" in README
-    for path in re.findall(r"(?:\]\(|`)(results/[\w./]+)", README):
+    for path in re.findall(r"(?:\]\(|`)(results/[\w./-]+)", README):
         assert (ROOT / path).exists(), path
 
 
