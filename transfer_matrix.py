@@ -406,6 +406,10 @@ def compare(scratch: list[Run], transfer: list[Run], args: Union[Table, Plot]) -
     a_s_again, a_t_again = a_s[picks[0]], a_t[picks[0] if pairs else picks[1]]
     if a_s.mean() <= 0:
         cell["note"] = f"the area from scratch, {a_s.mean():.4g}, is not positive: --baseline random or min"
+    elif a_s.mean() < 0.01 * abs(a_t.mean()):  # a game hardly ever won: nothing to divide by
+        cell["note"] = (
+            f"the area from scratch, {a_s.mean():.4g}, is next to nothing beside {a_t.mean():.4g} with transfer"
+        )
     else:
         cell["ratio"] = float(area_ratio(a_t, a_s))
         if min(len(scratch), len(transfer)) > 1 and (a_s_again.mean(axis=1) > 0).all():

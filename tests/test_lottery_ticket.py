@@ -192,11 +192,13 @@ def planted(sparsity=0.9):
     return network, lt.make_optimizer(args, network), sparse, images, torch.arange(8) % 3
 
 
-def test_pruned_weights_and_momentum_are_exactly_zero_after_every_update():
+@pytest.mark.parametrize("amp", [False, True])
+def test_pruned_weights_and_momentum_are_exactly_zero_after_every_update(amp):
+    """In float32, and in bfloat16 as on CUDA."""
     network, optimizer, sparse, images, labels = planted()
     losses = []
     for _ in range(12):
-        losses.append(lt.learn(network, optimizer, sparse, images, labels, False).item())
+        losses.append(lt.learn(network, optimizer, sparse, images, labels, amp).item())
         for weight, mask in zip(*sparse):
             gone = mask == 0
             assert (weight[gone] == 0).all() and (weight.grad[gone] == 0).all() and (weight[~gone] != 0).all()
@@ -204,7 +206,7 @@ def test_pruned_weights_and_momentum_are_exactly_zero_after_every_update():
             assert (optimizer.state[weight]["momentum_buffer"][~gone] != 0).any()
     assert losses[-1] < losses[0] / 2
     for _ in range(3):  # without masks they would move
-        lt.learn(network, optimizer, None, images, labels, False)
+        lt.learn(network, optimizer, None, images, labels, amp)
     assert all((weight[mask == 0] != 0).any() for weight, mask in zip(*sparse))
 
 

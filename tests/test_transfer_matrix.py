@@ -152,6 +152,18 @@ def test_a_negative_area_is_no_baseline(tmp_path):
     assert "| Boxing | n/a † n=1" in shown and "† DDQN, Boxing to Pong, fine-tuning: the area from scratch" in shown
 
 
+def test_next_to_nothing_is_no_baseline(tmp_path):
+    write(tmp_path, GAME, [0, 100], [0.0, 0.019])
+    write(tmp_path, GAME, [0, 100], [1, 1], **pretrained("catch_env:Catch-v2"))
+    write(tmp_path, OTHER, [0, 100], [0.0, 0.021])
+    write(tmp_path, OTHER, [0, 100], [1, 1], **pretrained("catch_env:Catch-v2"))
+    below, above = (cells(tmp_path)["fine-tuning", "Catch-v2", target] for target in ("Catch-v0", "Catch-v3"))
+    assert below["ratio"] is None and below["note"] == (
+        "the area from scratch, 0.95, is next to nothing beside 100 with transfer"
+    )
+    assert above["ratio"] == pytest.approx(1 / 0.0105 - 1) and not above["note"]
+
+
 def test_missing_cells(tmp_path):
     write(tmp_path, GAME, [0, 100], [1, 1])
     write(tmp_path, GAME, [0, 100], [1, 1], **pretrained(OTHER))
