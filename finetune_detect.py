@@ -335,8 +335,8 @@ def check(pictures: list[Picture], folder: str) -> tuple[list[Picture], list[str
             x1, y1, x2, y2 = box
             if not all(map(math.isfinite, box)):
                 reason = "its box is not four numbers"
-            elif x2 - x1 < 1 or y2 - y1 < 1:
-                reason = "narrower or lower than a pixel"
+            elif x2 - x1 <= 1 or y2 - y1 <= 1:  # also VOC's boxes that end where they begin
+                reason = "no wider or no higher than a pixel"
             elif min(x1, y1) < -1 or x2 > size[0] + 1 or y2 > size[1] + 1:  # up to a pixel is a matter of counting
                 reason = f"outside of the image of {size[0]} x {size[1]} pixels"
             elif not label:
@@ -414,14 +414,15 @@ def load_pictures(args: Args) -> list[Picture]:
             pictures += found
     if args.test_annotations and not args.val_annotations:
         fail("--test-annotations needs --val-annotations")
-    for line in wrong[:100]:
+    for line in wrong if args.check_data else wrong[:100]:
         say(line)
     if args.check_data:
         boxes = sum(len(picture.boxes) for picture in pictures)
         print(f"{len(pictures):,} images with {boxes:,} boxes; {len(wrong):,} errors")
         sys.exit(1 if wrong else 0)
     if wrong and not args.skip_bad:
-        fail(f"{len(wrong):,} errors in the annotations, listed above: correct them, or leave them out with --skip-bad")
+        listed = "listed above" if len(wrong) <= 100 else "the first 100 listed above, all with --check-data"
+        fail(f"{len(wrong):,} errors in the annotations, {listed}: correct them, or leave them out with --skip-bad")
     if wrong:
         say(f"{len(wrong):,} records are left out")
     if not args.val_annotations and not args.evaluate:
