@@ -730,7 +730,7 @@ def plot(args: Plot) -> None:
         save(figure, f"matrix {algorithm} {mode}")
     for algorithm, target in dict.fromkeys((run.algorithm, run.target) for run in runs):
         mine = [run for run in runs if (run.algorithm, run.target) == (algorithm, target)]
-        figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
         for mode, source in sorted(
             {(run.mode, run.source) for run in mine}, key=lambda kind: (kind[0] != "scratch", kind)
         ):
@@ -746,7 +746,7 @@ def plot(args: Plot) -> None:
             )
             axes.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axes.set(xlabel="agent steps", ylabel=args.metric, title=f"{algorithm} on {target}")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # not over the curves
         save(figure, f"curves {algorithm} {target}")
 
 

@@ -265,8 +265,8 @@ def random_case(seed, images=40):
         rows = [([*xy, *(xy + rng.integers(15, 28, size=2))], "abc"[rng.integers(3)], rng.random() < 0.1)
                 for xy in corners[:n]]  # fmt: skip
         pictures.append(truth(*rows))
-        seen = [(np.clip(np.array(box) + rng.normal(0, 2, 4), 0, 100).tolist(), "abc".index(name) + 1, rng.uniform(0.06, 1))
-                for box, name, _ in rows if rng.random() < 0.8]  # fmt: skip
+        seen = [(np.clip(np.array(box) + rng.normal(0, 2, 4), 0, 100).tolist(), "abc".index(name) + 1,
+                 rng.uniform(0.06, 1)) for box, name, _ in rows if rng.random() < 0.8]  # fmt: skip
         seen += [([*map(float, corners[8]), *(corners[8] + 20.0)], int(rng.integers(1, 4)), 0.3 + 0.2 * rng.random())]
         boxes[i] = found(*seen)
     return pictures, boxes
