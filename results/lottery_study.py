@@ -27,12 +27,11 @@ for name in sorted(os.listdir(logdir)):
 with open(out + ".csv", "w", newline="") as file:
     writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: f"{value:.4g}" if "loss" in key or "accuracy" in key else value for key, value in row.items()}
-                     for row in rows)  # fmt: skip
+    for row in rows:
+        writer.writerow({k: f"{value:.4g}" if "loss" in k or "accuracy" in k else value for k, value in row.items()})
 
-print(
-    "| target | arm | test accuracy, mean of the rounds with at most a tenth of the weights, minus dense: of each seed |"
-)
+what = "test accuracy, mean of the rounds with at most a tenth of the weights, minus dense: of each seed"
+print(f"| target | arm | {what} |")
 print("|---|---|---|")
 for target, arms in found.items():
     for arm, runs in arms.items() if "dense" in arms else ():

@@ -1,10 +1,15 @@
-"""Folders of Fashion-MNIST's classes (Debian's dataset-fashion-mnist): `python make_data.py /usr/share/datasets/fashion-mnist`.
+"""Folders of Fashion-MNIST's classes, from Debian's dataset-fashion-mnist.
+
+    python make_data.py /usr/share/datasets/fashion-mnist
 
 clothes: 600 images of each of six classes (a source); shoes-and-bags: 100 of each of the other four (a natural
 target). The first images of each class in the training set, in their order.
 """
 
-import gzip, os, sys
+import gzip
+import os
+import sys
+
 import numpy as np
 from PIL import Image
 
