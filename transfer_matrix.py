@@ -510,7 +510,7 @@ def table(args: Table) -> None:
             if known:
                 print(f"Negative: {share_of_negative([cell['ratio'] for cell in known])}.", end=" ")
             published = [r for (a, m, s, t), r in PUBLISHED.items() if (a, m) == (algorithm, mode) and s != t]
-            if published:
+            if any(cell["published"] is not None for cell in pairs.values()):  # of these games, not of others
                 print(f"Published: {share_of_negative(published)}.", end="")
             print("\n")
         own = {(cell["mode"], cell["target"]): cell for cell in mine if cell["source"] == cell["target"]}
