@@ -699,6 +699,7 @@ if __name__ == "__main__":
     # TRY NOT TO MODIFY: checkpoints and the replay memory
     def save() -> None:
         """Write the checkpoint, after the replay memory that belongs to it and before the older one is removed."""
+        writer.flush()  # first: a kill right after the checkpoint must not cost the points before it
         memory_path = os.path.join(run_dir, f"{args.exp_name}_buffer_{global_step}.pt")
         if args.save_buffer:
             arrays = {"over": over, "returns": episode_returns, "lengths": episode_lengths}
@@ -716,7 +717,6 @@ if __name__ == "__main__":
         for name in os.listdir(run_dir):
             if name.startswith(f"{args.exp_name}_buffer_") and os.path.join(run_dir, name) != memory_path:
                 os.remove(os.path.join(run_dir, name))
-        writer.flush()
 
     # TRY NOT TO MODIFY: start the game
     recent, saved_at, last_line, eval_envs = deque(maxlen=20), global_step, 0.0, None

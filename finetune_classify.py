@@ -949,9 +949,9 @@ if __name__ == "__main__":
         save_atomically(state | {"model": model.state_dict()} | more, path)
 
     def save_last() -> None:
+        writer.flush()  # first: a kill right after the checkpoint must not cost the points before it
         generators = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if on_cuda else None}
         save(last_path, optimizer=optimizer.state_dict(), rng=generators, step=step, stale=stale, sums=sums)
-        writer.flush()
 
     def diverged(loss: float) -> NoReturn:
         fail(f"the loss is {loss} after {epoch} epochs: try a lower --learning-rate than {args.learning_rate}")

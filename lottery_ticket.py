@@ -1048,11 +1048,11 @@ if __name__ == "__main__":
 
         def save_last() -> None:
             """All that the round needs to go on as if it had not been stopped."""
+            writer.flush()  # first: a kill right after the checkpoint must not cost the points before it
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "best_state": best_state}
             state |= {"rewound": None if r else rewound, "best": best, "sums": [float(sums[0]), sums[1]]}
             spent = seconds + time.perf_counter() - since
             save_atomically(state | {"round": r, "step": step, "stale": stale, "seconds": spent}, last_path)
-            writer.flush()
 
         # ALGO LOGIC: training, with the learning rates and the images that belong to the epoch
         while not over():
@@ -1123,6 +1123,11 @@ if __name__ == "__main__":
         elif args.save_networks:
             save_atomically(content, os.path.join(run_dir, f"network_{r:02d}.pt"))
         rows = sorted([*rows, row], key=lambda row: row["round"])
+        for name in ("sparsity", "remaining", "val_accuracy", "test_accuracy", "best_epoch", "epochs"):
+            writer.add_scalar(f"rounds/{name}", row[name], r)
+        speed = (step - first_step) * args.batch_size / (time.perf_counter() - since)
+        writer.add_scalar("charts/images_per_second", speed, r)
+        writer.flush()
         with open(results_path + ".tmp", "w", newline="") as file:
             table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             table.writeheader()
@@ -1130,11 +1135,6 @@ if __name__ == "__main__":
         os.replace(results_path + ".tmp", results_path)
         if os.path.isfile(last_path):
             os.remove(last_path)
-        for name in ("sparsity", "remaining", "val_accuracy", "test_accuracy", "best_epoch", "epochs"):
-            writer.add_scalar(f"rounds/{name}", row[name], r)
-        speed = (step - first_step) * args.batch_size / (time.perf_counter() - since)
-        writer.add_scalar("charts/images_per_second", speed, r)
-        writer.flush()
         least = min(remaining, key=remaining.get)
         say(f"round {r}: {left:,} of {prunable_count:,} weights (sparsity {row['sparsity']:.4f}, least in {least}: "
             f"{remaining[least]:,}); validation {best[1]:.4f}, test {found[1]:.4f}, after epoch {best[2]} of "

@@ -25,6 +25,7 @@ ON_CUDA = {
     "dqv_atari.py",
     "dqv_max_atari.py",
     "finetune_classify.py",
+    "finetune_detect.py",
     "lottery_ticket.py",
 }  # scripts with the flag --no-cuda
 

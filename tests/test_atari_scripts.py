@@ -22,6 +22,7 @@ from ale_py.vector_env import AtariVectorEnv
 from conftest import ROOT, only_run, run, scalars
 from gymnasium.vector import AutoresetMode
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 TAGS = {
     "charts/episodic_return", "charts/episodic_length", "charts/epsilon", "charts/max_q",
@@ -368,6 +369,7 @@ def start_and_kill(command, cwd, number):
         time.sleep(0.05)
     process.send_signal(number)
     out, _ = process.communicate(timeout=120)
+    time.sleep(1)  # TensorBoard orders event files by the second in which they were begun
     return process.returncode, out
 
 
@@ -392,6 +394,22 @@ def test_a_killed_run_resumes_to_the_last_bit(source, tmp_path, toy_flags, numbe
         assert states[1] and all(torch.equal(states[0][i][k], v) for i in states[1] for k, v in states[1][i].items())
     assert scalars(path.parent) == scalars(straight_path.parent)
     assert len(list(path.parent.glob("*_buffer_*"))) == 1 and not list(path.parent.glob("*.tmp"))
+
+
+def test_the_log_is_written_before_the_checkpoint(tmp_path, toy_flags, monkeypatch):
+    """A kill right after the checkpoint must not cost points that the resumed run will not write again."""
+    calls, real = [], os.replace
+
+    def watch(name):
+        method = getattr(SummaryWriter, name)
+        monkeypatch.setattr(SummaryWriter, name, lambda *args: (calls.append(name), method(*args))[1])
+
+    watch("add_scalar")
+    watch("flush")
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("checkpoint"), real(old, new))[1])
+    run("ddqn_atari.py", *toy_flags, "--checkpoint-frequency", 300, cwd=tmp_path)
+    before = [calls[i - 1] for i, name in enumerate(calls) if name == "checkpoint"]
+    assert before == ["flush"] * 4 and calls.count("add_scalar") > 200
 
 
 def test_atari_resumes_to_the_last_bit(tmp_path):
