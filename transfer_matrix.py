@@ -725,7 +725,9 @@ def plot(args: Plot) -> None:
         picture = axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
         axes.set_xticks(range(len(targets)), targets, rotation=30, ha="right")
         axes.set_yticks(range(len(sources)), sources)
-        axes.set(xlabel="target", ylabel="source", title=f"{algorithm}, {mode}: area ratio (published)")
+        known = any(cell["published"] is not None for cell in pairs.values())
+        title = f"{algorithm}, {mode}: area ratio" + " (published)" * known
+        axes.set(xlabel="target", ylabel="source", title=title)
         figure.colorbar(picture, extend="both")
         save(figure, f"matrix {algorithm} {mode}")
     for algorithm, target in dict.fromkeys((run.algorithm, run.target) for run in runs):

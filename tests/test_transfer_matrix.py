@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -81,6 +82,20 @@ def test_the_author_s_curves_give_the_published_tables(tmp_path):
     assert "| Catch-v3 | -0.406 n=1 (published -0.406) | -0.465 n=1 (published -0.465) |" in shown
     assert "### DQN, self-transfer" in shown and "| only-head | +0.050 n=1 (published +0.050) |" in shown
     assert "Negative: 12 of 12 (100%" in shown and "Published: 12 of 12 (100%" in shown
+
+
+def test_the_catch_study_s_tables_follow_from_its_curves(tmp_path):
+    """What results/catch and README show is what the CSV of all runs says."""
+    results = ROOT / "results/catch"
+    command = [sys.executable, results / "restore.py", results / "curves.csv", tmp_path / "runs"]
+    subprocess.run(command, check=True, capture_output=True)
+    shown = run("transfer_matrix.py", "table", "--logdir", tmp_path / "runs", cwd=ROOT).stdout
+    assert shown == (results / "table.md").read_text()
+    out = run("transfer_matrix.py", "table", "--logdir", tmp_path / "runs", "--format", "json", cwd=ROOT).stdout
+    readme = (ROOT / "README.md").read_text().split("**Transfer between Catch games**")[1].split("\n**")[0]
+    ratios = [cell["ratio"] for cell in json.loads(out) if cell["ratio"] is not None]
+    assert len(ratios) > 40
+    assert [ratio for ratio in ratios if f"{ratio:+.3f}" not in readme] == []
 
 
 def test_the_published_tables_are_those_of_the_slides():
