@@ -3,7 +3,8 @@
     python tests/benchmark_detect.py --arch ssdlite320_mobilenet_v3_large
 
 In alternation: the script, its waiting for data apart; the same model on the same images, which lie on the device
-already. Prints the medians and their ratio. Not collected by pytest.
+already. Prints the medians and their ratio. Then the step of both alone, in turns in one process: what the script adds
+to a step, without the reading of images beside it (on a CPU in CPU time). Not collected by pytest.
 """
 
 import json
@@ -104,6 +105,42 @@ def bare_seconds(args: Args) -> None:
     print(seconds)
 
 
+def step_ratio(args: Args, folder: Path, steps: int = 24) -> float:
+    """Median over steps in turns of the script's time for a step, its conversion of images included, over the bare."""
+    sys.path.insert(0, str(ROOT))
+    import finetune_detect as fd
+
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    amp, flags = device.type == "cuda", fd.Args(arch=args.arch, strategy="scratch", weights="none", learning_rate=1e-5)
+    ours = fd.make_detector(flags, 2)
+    fd.plain_norms(ours)
+    bare = models.get_model(args.arch, weights=None, weights_backbone=None, num_classes=2)
+    ours, bare = (model.to(device, memory_format=torch.channels_last) for model in (ours, bare))
+    fd.Frozen(ours, [], flags).train()
+    bare.train()
+    optimizers = {ours: fd.make_optimizer(flags, ours)}
+    optimizers[bare] = torch.optim.SGD(bare.parameters(), 1e-5, momentum=0.9, weight_decay=1e-4)
+    images = [functional.pil_to_tensor(Image.open(path)) for path in sorted(folder.glob("*.jpg"))[: args.batch_size]]
+    target = {"boxes": torch.tensor([[20.0, 20.0, 120.0, 150.0]]), "labels": torch.ones(1, dtype=torch.int64)}
+    there, sums, times = fd.to_device(images, [target] * len(images), device), {}, {ours: [], bare: []}
+    for _ in range(steps):
+        for model in times:
+            begun = time.perf_counter() if amp else time.process_time()
+            batch = fd.to_device(images, [target] * len(images), device) if model is ours else there
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                losses = model(*batch)
+            loss = torch.stack([value.float() for value in losses.values()]).sum()
+            optimizers[model].zero_grad()
+            loss.backward()
+            optimizers[model].step()
+            for name, value in losses.items() if model is ours else ():
+                sums[name] = sums.get(name, 0.0) + value.detach()
+            if amp:
+                torch.cuda.synchronize()
+            times[model].append((time.perf_counter() if amp else time.process_time()) - begun)
+    return statistics.median(a / b for a, b in list(zip(times[ours], times[bare]))[4:])
+
+
 def main(args: Args) -> None:
     if args.bare:
         return bare_seconds(args)
@@ -119,6 +156,7 @@ def main(args: Args) -> None:
             waiting.append(waited)
             command = [sys.executable, __file__, *sys.argv[1:], "--bare", folder]
             bare.append(float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+        alone = step_ratio(args, Path(folder))
     on = "CUDA" if args.cuda and torch.cuda.is_available() else "CPU"
     size = f"{args.side} pixels, batch {args.batch_size}"
     print(f"\n| {args.arch}, {size}, on {on}, median of {args.rounds} | s/update |\n|---|---|")
@@ -126,6 +164,7 @@ def main(args: Args) -> None:
     print(f"| its waiting for data | {statistics.median(waiting):.3f} |")
     print(f"| bare loop, images in memory | {statistics.median(bare):.3f} |")
     print(f"| script / bare, median of the rounds | {statistics.median(a / b for a, b in zip(script, bare)):.3f} |")
+    print(f"| the same of a step alone, median of 20 in turns | {alone:.3f} |")
 
 
 if __name__ == "__main__":
