@@ -6,7 +6,7 @@
 #   OMP_NUM_THREADS=1 xargs -d '\n' -P 2 -I{} sh -c '{}' < jobs.txt
 #
 # and the same with the stages transfer, self-transfer, hybrid, and for Catch-v4 with `source` and `transfer` on game 4.
-# DDQN: bash plan.sh ddqn_atari.py ddqn_atari "" ..., Catch-v2 as a source only (learned in no seed).
+# DDQN: bash plan.sh ddqn_atari.py ddqn_atari "" ..., without Catch-v2 to itself (which no seed learns from scratch).
 # Then: python transfer_matrix.py table --logdir runs > table.md; python transfer_matrix.py plot --logdir runs --out .
 script=$1 exp=$2 extra=$3 stage=$4 seeds=$5
 shift 5
