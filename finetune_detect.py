@@ -14,6 +14,7 @@
 # ///
 import contextlib
 import csv
+import ctypes
 import difflib
 import io
 import json
@@ -1325,6 +1326,18 @@ def save_atomically(data: dict, path: str) -> None:
     os.replace(path + ".tmp", path)
 
 
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed memory rather than give it back to the system. Nothing on other systems.
+
+    Otherwise tensors of some megabytes are mapped anew in every update, which on a CPU cost 5,000 to 20,000 page faults
+    and up to a tenth of its time, another share in every run (Linux, mallopt(3)).
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
 if __name__ == "__main__":
     args, checkpoint = tyro.cli(Args), {}
     if args.evaluate or args.resume:
@@ -1386,6 +1399,8 @@ if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     on_cuda = device.type == "cuda"
+    if not on_cuda:
+        keep_freed_memory()
 
     # Predictions need no annotations
     if args.evaluate and args.predict:

@@ -529,6 +529,26 @@ def test_evaluate_and_predict(trained, shapes, tmp_path):
     assert drawn.shape == (96, 96, 3) and (drawn != np.asarray(image)).any()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is of Linux")
+def test_freed_memory_is_used_again():
+    code = """if True:
+        import resource, sys, torch, finetune_detect
+        if sys.argv[1] == "keep":
+            finetune_detect.keep_freed_memory()
+        def faults():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for i in range(12):
+            if i == 2:
+                before = faults()
+            torch.ones(12_000_000)
+        print(faults() - before)"""
+    command, pages = [sys.executable, "-c", code], 10 * 48_000_000 / os.sysconf("SC_PAGE_SIZE")
+    plain, kept = (int(subprocess.check_output([*command, word], text=True, cwd=ROOT)) for word in ("plain", "keep"))
+    if plain < pages / 2:
+        pytest.skip("the system gives large pages, or its malloc keeps memory by itself")
+    assert kept < pages / 50
+
+
 def test_a_killed_run_resumes_to_the_last_bit(shapes, tmp_path):
     more = ["--strategy", "scratch", "--epochs", "3", "--batch-size", "2", "--seed", "3", "--exp-name", "detector"]
     command = [*map(str, flags(shapes, *more)), "--no-cuda"]
