@@ -141,7 +141,8 @@ RECORD = """<?xml version="1.0" encoding="utf-8"?>
 def test_the_readme_s_table_from_the_museum_s_records(tmp_path, monkeypatch):
     (tmp_path / "xml").mkdir()
     makers = ["<dc:creator>schilder: Bo\u00ebtius &amp; Zn</dc:creator><dc:creator>anoniem</dc:creator>",
-              "<dc:creator>prentmaker: anoniem</dc:creator>", "<dc:creator> Maris, Matthijs</dc:creator>", ""]  # fmt: skip
+              "<dc:creator>prentmaker: anoniem</dc:creator>",
+              "<dc:creator> Maris, Matthijs</dc:creator>", ""]  # fmt: skip
     for i, maker in enumerate(makers):
         (tmp_path / f"xml/{i:07d}_SK-A-{i}.xml").write_text(RECORD.format(maker), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
