@@ -527,10 +527,10 @@ def table(args: Table) -> None:
                 "never" if cell[k] is None else f"{cell[k]:,.0f}"
                 for k in ("time_to_threshold", "time_to_threshold_scratch")
             ]
-            rows.append([
-                cell["source"], cell["target"], cell["mode"], f"{cell['jumpstart']:+.4g}", f"{cell['asymptotic']:+.4g}",
-                f"{cell['total_reward']:+.4g}", f"{times[0]} / {times[1]} (to {cell['threshold']:.4g})",
-            ])  # fmt: skip
+            # rounded first: of equal float32s, which the log holds, means may differ in the eighth digit
+            gains = [f"{round(cell[k], 6):+.4g}" for k in ("jumpstart", "asymptotic", "total_reward")]
+            when = f"{times[0]} / {times[1]} (to {cell['threshold']:.4g})"
+            rows.append([cell["source"], cell["target"], cell["mode"], *gains, when])
         head = ["source", "target", "mode", "jumpstart", "asymptotic", "total reward, mean over the curve"]
         print(markdown([*head, "steps to threshold, transfer / scratch"], rows) + "\n")
     for cell in [cell for cell in cells if cell["note"]]:
