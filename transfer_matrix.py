@@ -623,22 +623,26 @@ def plan(args: Plan) -> None:
     runs = list(read_runs(args.logdir, "eval/episodic_return")) if os.path.isdir(args.logdir) else []
 
     def find(wanted: dict) -> dict:
-        """The runs with these flags: {(mode, source, target, seed): (checkpoint, complete)}."""
-        found = {}
+        """The runs with these flags: {(mode, source, target, seed): [(checkpoint, complete, sources' folders)]}."""
+        found = defaultdict(list)
         for run in runs:
             flags = {"double": "True"} | wanted
             flags = flags if "double" in run.flags else {name: flags[name] for name in flags if name != "double"}
             as_wanted = all(equal(run.flags.get(name, ""), value) for name, value in flags.items())
             checkpoint = os.path.join(run.folder, f"{run.flags['exp_name']}.pt")
             if as_wanted and run.flags["exp_name"] == wanted.get("exp_name", script) and os.path.isfile(checkpoint):
-                key = (run.mode, run.source, run.target, run.seed)
+                starts = [run_of(run.flags[name]) for name in ("pretrained", "pretrained_head") if name in run.flags]
                 complete = len(run.steps) > 0 and run.steps[-1] >= total(run)
-                if complete or key not in found:
-                    found[key] = checkpoint, complete
+                found[run.mode, run.source, run.target, run.seed].append((checkpoint, complete, starts))
         return found
+
+    def run_of(checkpoint: str) -> str:
+        """The name of its run's folder, which stays when --logdir is moved."""
+        return os.path.basename(os.path.dirname(checkpoint))
 
     found = find(extra)
     sources = find(wanted_flags(args.source_args)) if args.source_args else found
+    sources = {key: [checkpoint for checkpoint, complete, _ in runs if complete] for key, runs in sources.items()}
     experiments, games = [], {env_id: game(env_id) for env_id in args.env_ids}
     if len(set(games.values())) < len(args.env_ids):
         fail("--env-ids: a game is named twice")
@@ -662,20 +666,23 @@ def plan(args: Plan) -> None:
                      for f, m in (("--pretrained", "fine-tuning"), ("--pretrained-head", "only-head"))}  # fmt: skip
             experiments.append((("hybrid", games[env_id], games[env_id], seed), env_id, seed, needs))
     needed = dict.fromkeys(key for _, _, _, needs in experiments for key in needs.values())
-    missing = [key for key in needed if not sources.get(key, ("", False))[1]]
+    missing = [key for key in needed if not sources.get(key)]
     if missing:
         listed = "; ".join(f"{target}, {mode}, seed {seed}" for mode, _, target, seed in missing)
         fail(
             f"--stage {args.stage}: --logdir {args.logdir} lacks {len(missing)} checkpoints of complete runs: {listed}"
         )
     for key, env_id, seed, needs in experiments:
-        checkpoint, complete = found.get(key, ("", False))
+        # A run that began from another network than these sources, a former one of the game, say, is another experiment
+        allowed = [{run_of(checkpoint) for checkpoint in sources[needed_key]} for needed_key in needs.values()]
+        mine = [run for run in found.get(key, ()) if all(start in ok for start, ok in zip(run[2], allowed))]
+        checkpoint, complete, _ = max(reversed(mine), key=lambda run: run[1], default=("", False, []))
         command = ["python", args.script]
         if checkpoint and not complete:
             print(shlex.join([*command, "--resume", checkpoint]))
         elif not complete:
             command += ["--env-id", env_id, "--seed", str(seed), "--logdir", args.logdir]
-            command += [word for flag, needed_key in needs.items() for word in (flag, sources[needed_key][0])]
+            command += [word for flag, needed_key in needs.items() for word in (flag, sources[needed_key][-1])]
             command += ["--freeze-features"] if key[0] == "only-head" else []
             print(shlex.join(command + shlex.split(args.args)))
 

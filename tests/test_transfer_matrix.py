@@ -428,6 +428,34 @@ def test_a_plan_for_games_with_budgets_of_their_own(tmp_path):
     assert refused.returncode == 1 and "--targets catch_env:Catch-v4: not one of --env-ids" in refused.stderr
 
 
+def test_a_run_from_a_former_source_is_planned_again(tmp_path):
+    """A transfer run is complete only when it began from a network that the plan would take for its source."""
+
+    def make(env_id, **flags):
+        folder = write(tmp_path / "runs", env_id, [0, 100], [1, 1], exp_name="ddqn_atari", **flags)
+        (folder / "ddqn_atari.pt").touch()
+        return folder
+
+    def plan(stage="transfer"):
+        flags = ["--env-ids", GAME, OTHER, "--targets", OTHER, "--seeds", 1, "--stage", stage]
+        return run("transfer_matrix.py", "plan", *flags, cwd=tmp_path).stdout.splitlines()
+
+    def transfer(source, env_id=OTHER, **flags):
+        path = f"elsewhere/{source.name}/ddqn_atari.pt"  # as logged before the study's folder was moved
+        return make(env_id, pretrained=path, pretrained_env_id=GAME, **flags)
+
+    former = make(GAME)
+    transfer(former)
+    assert plan() == []
+    again = make(GAME)
+    assert plan() == []  # both are sources of this plan
+    (former / "ddqn_atari.pt").unlink()
+    lines = plan()
+    assert len(lines) == 1 and f"--pretrained runs/{again.name}/ddqn_atari.pt" in lines[0]
+    transfer(again)
+    assert plan() == []
+
+
 def test_a_planned_study_of_the_real_script(tmp_path, toy_flags):
     """Two games of a few steps, from plan to table: what the scripts log is what this script reads."""
     flags = " ".join(toy_flags[2:]).replace("--total-timesteps 1200", "--total-timesteps 216")
