@@ -436,13 +436,13 @@ def test_a_run_from_a_former_source_is_planned_again(tmp_path):
         (folder / "ddqn_atari.pt").touch()
         return folder
 
-    def plan(stage="transfer"):
-        flags = ["--env-ids", GAME, OTHER, "--targets", OTHER, "--seeds", 1, "--stage", stage]
+    def plan():
+        flags = ["--env-ids", GAME, OTHER, "--targets", OTHER, "--seeds", 1, "--stage", "transfer"]
         return run("transfer_matrix.py", "plan", *flags, cwd=tmp_path).stdout.splitlines()
 
-    def transfer(source, env_id=OTHER, **flags):
+    def transfer(source):
         path = f"elsewhere/{source.name}/ddqn_atari.pt"  # as logged before the study's folder was moved
-        return make(env_id, pretrained=path, pretrained_env_id=GAME, **flags)
+        make(OTHER, pretrained=path, pretrained_env_id=GAME)
 
     former = make(GAME)
     transfer(former)

@@ -1,7 +1,7 @@
 # Prints the commands of a stage of the Catch study, one plan for each target game, since games have budgets of their
 # own (pilots: from scratch DQN reaches .9 of a ceiling of .97 in 20,000 steps of Catch-v0 and v3, .8 of .90 in 40,000
 # of v1). Catch-v2 draws a new background in each episode, and a network with few of them learns them by heart: DDQN
-# reaches .95 in 130,000 steps with an update every 8, and .93 in 256,000 with one every 32 in half the time. From a
+# reaches .95 in 130,000 steps with an update every 8, and .93 in 256,000 with one every 32 in 0.6 of the time. From a
 # folder with the scripts and catch_env.py:
 #
 #   bash plan.sh ddqn_atari.py dqn_atari "--no-double" source "1 2 3" 0 1 2 3 > jobs.txt
