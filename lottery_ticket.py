@@ -3,22 +3,19 @@
 # on non-natural ones, as in "On the Transferability of Winning Tickets in Non-Natural Image Datasets" (Sabatelli et
 # al., VISAPP 2021, arXiv 2005.05232) and "Contributions to Deep Transfer Learning" (M. Sabatelli, 2022, chapter 6).
 #
-#   python lottery_ticket.py --dataset cifar10 --download                               find the tickets of a source
-#   python lottery_ticket.py --tickets runs/cifar10__... --dataset folder:DIR           train all of them on a target
-#   python lottery_ticket.py --control dense --dataset folder:DIR                       the network to compare with
-#   python lottery_ticket.py --report runs                                              tables and pictures
-#
-# The same command again continues a run that was stopped.
+#   python lottery_ticket.py --dataset cifar10 --download --arch conv --rounds 10      find tickets, minutes on a CPU
+#   python lottery_ticket.py --tickets runs/cifar10__... --dataset folder:DIR          train all of them on a target
+#   python lottery_ticket.py --report runs                                             tables and pictures
 #
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#   "torch>=2.11", "torchvision>=0.26", "numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.18", "pillow>=10",
-#   "matplotlib>=3.8",
-# ]
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.18", "pillow>=10",
+#                 "matplotlib>=3.8"]
 # ///
+import copy
 import csv
-import gzip
+import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -28,19 +25,21 @@ import signal
 import statistics
 import sys
 import time
-import warnings
 from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal, NoReturn, Optional
+from pathlib import Path
+from typing import Literal, NoReturn
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib import pyplot
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision import datasets, models
 from torchvision.transforms import v2
@@ -48,110 +47,74 @@ from torchvision.transforms import v2
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment, a part of the name of the run's folder"""
-    seed: int = 1
-    """seed of the split, the initial weights, the order of the images and their crops"""
-    torch_deterministic: bool = True
-    """sets `torch.backends.cudnn.deterministic`; off, cuDNN is free to pick its fastest kernels"""
-    cuda: bool = True
-    """train on CUDA when there is a GPU"""
-    amp: bool = True
-    """on CUDA, compute in bfloat16 where that is safe (autocast)"""
-    compile: bool = False
-    """compile the network (`torch.compile`); pays off in long runs"""
-    workers: int = 4
-    """processes that decode the images of a folder, once; 0 decodes them in this one"""
-    logdir: str = "runs"
-    """folder in which the run's own folder is made, or found again"""
-    track: bool = False
-    """mirror the run to Weights and Biases (needs `pip install wandb`)"""
-    wandb_project_name: str = "deep-transfer-learning"
-    """the project of the run at Weights and Biases"""
-    wandb_entity: Optional[str] = None
-    """the team of the run at Weights and Biases"""
+    # The run; the same command again, or --resume, goes on with a run that was stopped
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
+    seed: int = 1  # seed of the split, the initial weights, the order of the images and their crops
+    cuda: bool = True  # train on CUDA when there is a GPU
+    amp: bool = True  # on CUDA, compute in bfloat16 where that is safe (autocast)
+    compile: bool = False  # compile the network (`torch.compile`); pays off in long runs
+    workers: int | None = None  # threads that decode the images of a folder, once (None: 4, on CUDA all cores)
+    logdir: str = "runs"  # folder in which the run's own folder is made, or found again
+    resume: str | None = None  # run (folder or checkpoint) to continue, with its flags unless given anew
+    track: bool = False  # mirror the run to Weights and Biases (`pip install wandb`; set WANDB_PROJECT, WANDB_ENTITY)
 
     # Data
-    dataset: str = "cifar10"
-    """cifar10, cifar100, fashion-mnist, mnist, or folder:DIR with a folder per class, or with train/, val/ and test/"""
-    data_dir: str = "data"
-    """where torchvision's sets lie, in the form in which torchvision downloads them"""
-    download: bool = False
-    """download the set into --data-dir if it is not there"""
-    image_size: Optional[int] = None
-    """side of the images for the network (None: the ticket's; else that of torchvision's sets, and 224 for folders)"""
-    augment: Literal["none", "crop", "crop-flip"] = "crop"
-    """training images: the centre; random crops (7/8 of a file's side; torchvision's sets: padded); also mirrored"""
-    train_fraction: float = 1.0
-    """share of the training images of every class to train on; the paper tries 0.75, 0.5 and 0.25"""
-    image_cache: str = "image_cache"
-    """folder in which the decoded images of a folder are kept for later runs"""
+    dataset: str = "cifar10"  # cifar10, cifar100, fashion-mnist, mnist, or folder:DIR (a folder a class, or a split)
+    data_dir: str = "data"  # where torchvision's sets lie
+    download: bool = False  # download the set into --data-dir if it is not there
+    image_size: int | None = None  # side of the images for the network (None: the ticket's, the set's, 224 for folders)
+    augment: Literal["none", "crop", "crop-flip"] = "crop"  # training images: the centre, random crops, also mirrored
+    train_fraction: float = 1.0  # share of the training images of every class; the paper tries 0.75, 0.5 and 0.25
 
-    # The network, and what is pruned from it. With tickets, None stands for what the ticket says.
-    arch: Optional[Literal["resnet50", "resnet18", "resnet20", "conv", "mlp"]] = None
-    """(None: resnet50, the paper's) the two large ones have a 3x3 stem without pooling at 64 pixels and below"""
-    pruning: Optional[Literal["global", "layerwise", "channel"]] = None
-    """(None: global) the smallest weights of all layers, of every layer, or the output channels of least L1 norm"""
-    prune_fraction: float = 0.2
-    """share of the remaining weights (channels) that a round prunes"""
-    rounds: int = 31
-    """rounds of training; the first one is that of the unpruned network"""
-    rewind: Optional[str] = None
-    """(None: 2ep) the point of the first round's training to which weights return: epochs (2ep) or updates (500it)"""
+    # The network and its pruning. With tickets, None stands for what the ticket says.
+    arch: Literal["resnet50", "resnet18", "resnet20", "conv", "mlp"] | None = None  # (None: resnet50, the paper's)
+    pruning: Literal["global", "channel"] | None = None  # least weights of all layers (None), or channels of each
+    prune_fraction: float = 0.2  # share of the remaining weights (channels) that a round prunes
+    rounds: int = 31  # rounds of training; the first one is that of the unpruned network
+    rewind: str | None = None  # where the next round begins: epochs (2ep, None), updates (500it) or both of round 0
 
     # Training
-    epochs: int = 90
-    """the last epoch of every round, unless --patience ends it first"""
-    patience: int = 5
-    """epochs without a lower validation loss after which a round ends, with the weights of the lowest; 0: never, and
-    with the last weights"""
-    batch_size: int = 64
-    """images per update"""
-    learning_rate: float = 0.1
-    """of SGD"""
-    milestones: list[int] = field(default_factory=lambda: [50, 60, 75])
-    """epochs after which the learning rate falls"""
-    lr_decay: float = 0.1
-    """what the learning rate is multiplied by then"""
-    momentum: float = 0.9
-    """of SGD"""
-    nesterov: bool = True
-    """of SGD"""
-    weight_decay: float = 1e-5
-    """of weights with two dimensions and more; never of biases and normalisation"""
+    epochs: int | None = None  # the last epoch of every round (None: 90; conv and mlp: 6)
+    patience: int = 5  # epochs without a lower validation loss after which a round ends (0: never; keeps the last)
+    batch_size: int = 64  # images per update
+    learning_rate: float = 0.1  # of SGD
+    milestones: list[int] | None = None  # epochs after which the learning rate falls (None: 50 60 75 of 90)
+    lr_decay: float = 0.1  # what the learning rate is multiplied by then
+    momentum: float = 0.9  # of SGD
+    nesterov: bool = True  # of SGD
+    weight_decay: float = 1e-5  # of weights with two dimensions and more; never of biases and normalisation
 
-    # Transfer
-    ticket: Optional[str] = None
-    """round_RR.pt of a source run to train on --dataset, with a new last layer"""
-    tickets: Optional[str] = None
-    """folder of a source run, whose tickets are all trained on --dataset"""
-    control: Literal["none", "dense", "reinit", "random-mask", "trained"] = "none"
-    """dense: unpruned, random weights; else the ticket but with random weights, a random mask, fully trained weights"""
-    save_networks: bool = False
-    """keep the network trained on --dataset, of every ticket, as network_RR.pt"""
+    # Transfer, and what tickets are compared with
+    tickets: str | None = None  # run whose tickets are trained on --dataset, or one of its round_RR.pt; new last layer
+    control: Literal["none", "dense", "reinit", "random-mask", "trained", "lr-rewinding"] = "none"
+    """dense: unpruned, random weights; with --tickets: the ticket with random weights, a random mask or the weights
+    after training; without: weights stay trained, the learning rate alone is rewound (Renda et al., ICLR 2020)"""
+    save_networks: bool = False  # keep the network trained on --dataset, of every ticket, as network_RR.pt
 
     # Instead of training
-    report: list[str] = field(default_factory=list)
-    """folders of runs, or with runs in them, to compare in tables and pictures"""
-    out: str = "."
-    """with --report: folder for the pictures"""
-    count: Optional[str] = None
-    """round_RR.pt, of which weights and multiply-adds are counted layer by layer"""
+    report: list[str] = field(default_factory=list)  # folders of runs, or with runs in them, to compare
+    out: str = "."  # with --report: folder for the pictures
 
 
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
 SPLITS = ("train", "val", "test")
+IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
+MAX_PIXELS = 2**28  # of an image in memory, before and after resizing
+Image.MAX_IMAGE_PIXELS = None  # scans of museums exceed Pillow's limit
 TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion-mnist": datasets.FashionMNIST,
                "mnist": datasets.MNIST}  # fmt: skip
-FREE = {  # flags that may change when a run is continued
-    "torch_deterministic", "cuda", "amp", "compile", "workers", "logdir", "track", "wandb_project_name",
-    "wandb_entity", "dataset", "data_dir", "download", "image_cache", "rounds", "ticket", "tickets", "save_networks",
-    "report", "out", "count",
+
+# Smallest and largest value of numeric flags
+BOUNDS = {
+    "seed": (0, 2**63), "workers": (0, 1024), "image_size": (2, 4096), "train_fraction": (1e-6, 1),
+    "prune_fraction": (1e-6, 0.999), "rounds": (1, 100), "epochs": (1, 10**6), "patience": (0, 10**6),
+    "batch_size": (2, 10**6), "learning_rate": (0, 1e15), "lr_decay": (0, 1), "momentum": (0, 1), 
+    "weight_decay": (0, 1),
 }  # fmt: skip
-COLUMNS = ["round", "sparsity", "remaining", "prunable", "parameters", "val_accuracy", "test_accuracy", "val_loss",
-           "best_epoch", "epochs", "seconds"]  # fmt: skip
-Image.MAX_IMAGE_PIXELS = 2**30  # scans of museums exceed Pillow's limit against bombs
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+# Flags that may change when a run is continued
+CHANGEABLE = "cuda amp compile workers logdir resume track dataset data_dir download rounds"
+CHANGEABLE += " tickets save_networks report out"
+TICKET = {"mask", "weights", "trained", "meta"}
 
 
 def fail(message: str) -> NoReturn:
@@ -160,109 +123,89 @@ def fail(message: str) -> NoReturn:
 
 def say(line: str, stay: bool = True) -> None:
     """Print over the progress line; on a terminal a line that does not `stay` is a progress line itself."""
-    tty = sys.stdout.isatty()
+    tty, line = sys.stdout.isatty(), line.encode(errors="backslashreplace").decode()
     print(f"\r{line}\033[K" if tty else line, end="\n" if stay or not tty else "", flush=True)
 
 
-def some(names, n: int = 5) -> str:
-    names = list(names)
-    return ", ".join(map(str, names[:n])) + (f" and {len(names) - n:,} more" if len(names) > n else "")
+def some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
-def stream(*key) -> torch.Generator:
-    """A generator of its own for every purpose: what is drawn for one does not depend on what is drawn for another."""
+def random_stream(*key) -> torch.Generator:
+    """A CPU generator for every purpose: what is drawn for one does not depend on what is drawn for another."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big"))
 
 
+def save_atomically(path: str, write: Callable[[str], None]) -> None:
+    """`write(temporary path)`, then rename; nothing half written is left, also when the disk is full."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        fail(f"cannot write {path}: {error}")
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_table(path: str, rows: list[dict]) -> None:
+    def write(temporary: str) -> None:
+        with open(temporary, "w", newline="", errors="surrogateescape") as file:
+            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+
+    save_atomically(path, write)
+
+
 # Data ----------------------------------------------------------------------------------------------------------------
-@dataclass
-class Data:
-    name: str
-    classes: list[str]
-    pixels: dict[str, torch.Tensor]
-    """of every split, uint8 `(N, C, S, S)`, C 1 or 3, in the memory order (N, S, S, C)"""
-    labels: dict[str, torch.Tensor]
-    """of every split, int64 `(N,)`"""
-    crop: int
-    """side of the part of an image that is used; S, or about 7/8 of it where a margin for crops was kept"""
-
-
-def places(labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def rank_in_class(labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """For every image its place in a random order of its class, and the size of its class: int64 `(N,)` each."""
-    place, size = torch.zeros_like(labels), torch.zeros_like(labels)
+    rank, size = torch.zeros_like(labels), torch.zeros_like(labels)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
-        place[members[torch.randperm(len(members), generator=generator)]] = torch.arange(len(members))
+        rank[members[torch.randperm(len(members), generator=generator)]] = torch.arange(len(members))
         size[members] = len(members)
-    return place, size
+    return rank, size
 
 
-def tenths(size: torch.Tensor) -> torch.Tensor:
+def tenth(size: torch.Tensor) -> torch.Tensor:
     """A tenth of every class, rounded; a class of three images has one in each split."""
     return torch.maximum((size / 10).round().long(), (size >= 3).long())
 
 
-def read_idx(folder: str, name: str) -> Optional[torch.Tensor]:
-    """An array of bytes in the format of MNIST (yann.lecun.com/exdb/mnist), packed or not; None if it is not there."""
-    for path in (os.path.join(folder, name), os.path.join(folder, name + ".gz")):
-        if os.path.isfile(path):
-            try:
-                with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-                    content = file.read()
-                sides = np.frombuffer(content, ">u4", count=content[3], offset=4).tolist()
-                values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(sides)).reshape(sides)
-            except (OSError, EOFError, ValueError, IndexError) as error:
-                fail(f"{path} is damaged: {error}")
-            return torch.from_numpy(values.copy())
-    return None
-
-
-def read_torchvision(args: Args) -> tuple[list[str], dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """The class names, and images uint8 `(N, S, S, C)` and labels of train and test as they are published."""
-    kind, parts = TORCHVISION[args.dataset], {}
-    try:
-        if args.download:
-            kind(args.data_dir, download=True)
-        for part in ("train", "test"):
-            if args.dataset.startswith("cifar"):
-                found = kind(args.data_dir, train=part == "train")
-                parts[part] = torch.from_numpy(found.data), torch.tensor(found.targets)
-                classes = found.classes
-            else:  # read here, since torchvision wants the files unpacked and in folders of its own
-                prefix = "train" if part == "train" else "t10k"
-                for folder in (os.path.join(args.data_dir, kind.__name__, "raw"), args.data_dir):
-                    names = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
-                    images, labels = (read_idx(folder, name) for name in names)
-                    if images is not None and labels is not None:
-                        parts[part] = images[..., None], labels.long()
-                        break
-                else:
-                    raise RuntimeError(f"{prefix}-images-idx3-ubyte(.gz) is neither there nor in {kind.__name__}/raw")
-                classes = kind.classes
-    except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        hint = "" if args.download else "; --download fetches it"
-        fail(f"--data-dir {args.data_dir}: {args.dataset} could not be read ({reason}){hint}")
-    return list(classes), parts
-
-
 def find_images(folder: str) -> list[str]:
-    """Paths of all images below `folder`, relative to it, sorted."""
-    found = [
-        os.path.relpath(os.path.join(root, name), folder)
-        for root, _, names in os.walk(folder, followlinks=True)
-        for name in names
-    ]
-    return sorted(path for path in found if os.path.splitext(path)[1].lower() in IMAGES)
+    """Paths of all images below `folder`, relative to it, sorted; one that links lead to as well is there once."""
+    paths = {}
+
+    def unreadable(error: OSError) -> NoReturn:
+        fail(f"--dataset folder:{folder}: {error}")
+
+    for root, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(root) + os.sep
+        # a link to a folder above would never end
+        folders[:] = [name for name in folders if not real.startswith(os.path.realpath(f"{root}/{name}") + os.sep)]
+        for name in names:
+            if os.path.splitext(name)[1].lower() in IMAGES:
+                path = os.path.relpath(os.path.join(root, name), folder)
+                paths.setdefault(os.path.realpath(os.path.join(root, name)), []).append(path)
+    kept = sorted(min(same, key=lambda path: (path.count(os.sep), path)) for same in paths.values())
+    if len(kept) < sum(map(len, paths.values())):
+        say(f"{sum(map(len, paths.values())) - len(kept):,} links to images that are there anyway are left out")
+    return kept
 
 
 def open_image(path: str, side: int) -> Image.Image:
     """The image upright in RGB, its shorter side at least `side` pixels if it has them; may raise anything."""
     with Image.open(path) as image:
         image.draft("RGB", (2 * side, 2 * side))  # JPEGs are decoded at the fraction that suffices
+        short, long = sorted(image.size)
+        if max(short * long, side * side * long // max(short, 1)) > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are too many")
         image.load()
         if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more, which convert() would cut off at 255
-            values = np.asarray(image, dtype=np.float64)
+            values = np.asarray(image, dtype=np.float32)
             top = 65_535 if values.max() > 255 else 255
             image = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
         elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -271,151 +214,124 @@ def open_image(path: str, side: int) -> Image.Image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
-class Pictures(Dataset):
-    """Image i as uint8 `(side, side, 3)`: its shorter side resized, the centre cut out; or why it cannot be read."""
-
-    def __init__(self, folder: str, paths: list[str], side: int):
-        self.folder, self.paths, self.side = folder, paths, side
-        self.transform = v2.Compose([v2.Resize(side, antialias=True), v2.CenterCrop(side), v2.PILToTensor()])
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int):
-        try:
-            image = open_image(os.path.join(self.folder, self.paths[i]), self.side)
-            return self.transform(image).permute(1, 2, 0).contiguous()
-        except Exception as error:  # Pillow's plugins raise whatever their formats make them
-            return f"{type(error).__name__}: {error}"
-
-
-def decode(args: Args, folder: str, paths: list[str], side: int, stopped) -> tuple[torch.Tensor, dict[int, str]]:
-    """All images, uint8 `(N, side, side, 3)`, and {index: reason} of the unreadable ones; kept in --image-cache."""
-    digest = hashlib.sha256(f"{side}".encode())
-    for path in paths:
-        status = os.stat(os.path.join(folder, path))
-        digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
-    cache = os.path.join(args.image_cache, f"{side}_{digest.hexdigest()[:32]}.pt")
-    if os.path.isfile(cache):
-        kept = torch.load(cache, weights_only=True)
-        return kept["pixels"], kept["unreadable"]
+def decode(folder: str, paths: list[str], side: int, workers: int) -> tuple[torch.Tensor, dict[int, str]]:
+    """All images, uint8 `(N, side, side, 3)`, centres of the resized ones, and {index: reason} of the unreadable."""
     pixels, unreadable, last_line = torch.zeros(len(paths), side, side, 3, dtype=torch.uint8), {}, time.perf_counter()
-    # one task is 16 images, so that few and large messages go between the processes
-    workers = min(args.workers, os.cpu_count())
-    loader = DataLoader(Pictures(folder, paths, side), 16, num_workers=workers, collate_fn=list)
-    for start, images in zip(range(0, len(paths), 16), loader):
-        if stopped():
-            sys.exit(128 + stopped()[0])
-        for i, image in enumerate(images, start):
-            if torch.is_tensor(image):
-                pixels[i] = image
-            else:
-                unreadable[i] = image
-        if time.perf_counter() - last_line > (1 if sys.stdout.isatty() else 30):
-            last_line = time.perf_counter()
-            say(f"decoding {folder}: {start / len(paths):.1%}", stay=False)
-    os.makedirs(args.image_cache, exist_ok=True)
-    save_atomically({"pixels": pixels, "unreadable": unreadable}, cache)
+    transform = v2.Compose([v2.Resize(side, antialias=True), v2.CenterCrop(side), v2.PILToTensor()])
+
+    def read(i: int) -> None:
+        try:
+            pixels[i] = transform(open_image(os.path.join(folder, paths[i]), side)).permute(1, 2, 0)
+        except Exception as error:  # Pillow's plugins raise whatever their formats make them
+            unreadable[i] = f"{type(error).__name__}: {error}"
+
+    pool = ThreadPoolExecutor(max(workers, 1))  # Pillow decodes and resizes without the interpreter's lock
+    try:
+        for done, _ in enumerate(pool.map(read, range(len(paths)))):
+            if time.perf_counter() - last_line > (1 if sys.stdout.isatty() else 30):
+                last_line = time.perf_counter()
+                say(f"decoding {folder}: {done / len(paths):.1%}", stay=False)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return pixels, unreadable
 
 
-def read_folder(args: Args, folder: str, side: int, stopped) -> tuple[list[str], dict]:
-    """The class names, and images and labels of each split, of a folder per class or of train/, val/ and test/."""
+def read_folder(args: Args, folder: str) -> tuple[list[str], dict, list[dict]]:
+    """The class names, {split: (images, labels)} and the rows of split.csv, of a folder a class or of train/ etc."""
     if not os.path.isdir(folder):
         fail(f"--dataset folder:{folder}: there is no such folder")
     paths = find_images(folder)
     if not paths:
         fail(f"--dataset folder:{folder}: no images in it ({', '.join(sorted(IMAGES))})")
-    fixed = set(SPLITS) <= {path.split(os.sep)[0] for path in paths if os.sep in path}
-    names = [path.split(os.sep)[fixed:][:-1] for path in paths]
-    used = [i for i, inside in enumerate(names) if inside and (not fixed or paths[i].split(os.sep)[0] in SPLITS)]
-    if not used:
+    presplit = set(SPLITS) <= {path.split(os.sep)[0] for path in paths}
+    paths = [path for path in paths if path.count(os.sep) > presplit]
+    paths = [path for path in paths if not presplit or path.split(os.sep)[0] in SPLITS]
+    if not paths:
         fail(f"--dataset folder:{folder}: a folder per class is expected there, or train/, val/ and test/ with those")
-    paths, names = [paths[i] for i in used], [names[i][0] for i in used]
-    pixels, unreadable = decode(args, folder, paths, side, stopped)
-    for i, reason in unreadable.items():
-        say(f"left out: {paths[i]} cannot be read, {reason}")
+    names = [path.split(os.sep)[presplit] for path in paths]
+    pixels, unreadable = decode(folder, paths, round(args.image_size * 8 / 7), args.workers)
+    if unreadable:
+        reasons = [f"{paths[i]} ({reason})" for i, reason in sorted(unreadable.items())]
+        say(f"{len(reasons):,} images cannot be read and are left out: {some(reasons)}")
     known = sorted(set(names))
     labels = torch.tensor([known.index(name) for name in names])
-    split = torch.tensor([SPLITS.index(path.split(os.sep)[0]) for path in paths]) if fixed else torch.zeros_like(labels)
-    readable = torch.ones_like(labels, dtype=torch.bool)
-    readable[list(unreadable)] = False
-    if not fixed:
-        place, size = torch.zeros_like(labels), torch.zeros_like(labels)
-        place[readable], size[readable] = places(labels[readable], stream(args.seed, "split"))
-        split[place < 2 * tenths(size)] = 1
-        split[place < tenths(size)] = 2
+    readable = torch.tensor([i not in unreadable for i in range(len(paths))])
+    split = torch.zeros_like(labels)
+    if presplit:
+        split = torch.tensor([SPLITS.index(path.split(os.sep)[0]) for path in paths])
+    else:
+        rank, size = rank_in_class(labels[readable], random_stream(args.seed, "split"))
+        split[readable] = (rank < 2 * tenth(size)).long() + (rank < tenth(size)).long()
     present = [set(labels[readable & (split == i)].tolist()) for i in range(3)]
     kept = sorted(set.intersection(*present))
     lost = Counter(name for name in names if known.index(name) not in kept)
     if lost:
-        what = f"{len(lost):,} classes with {sum(lost.values()):,} images"
-        say(f"{what} are not in all of train, val and test and are left out: {some(lost)}")
+        counts = f"{len(lost):,} classes with {sum(lost.values()):,} images"
+        say(f"{counts} are not in all of train, val and test and are left out: {some(list(lost))}")
     if len(kept) < 2:
         fail(f"--dataset folder:{folder}: {len(kept)} classes have images in all of train, val and test, 2 are needed")
-    position = torch.full((len(known),), -1)
-    position[kept] = torch.arange(len(kept))
-    labels = position[labels]
-    chosen = [(readable & (split == i) & (labels >= 0)).nonzero()[:, 0] for i in range(3)]
-    return [known[i] for i in kept], {name: (pixels[i], labels[i]) for name, i in zip(SPLITS, chosen)}
+    new_label = torch.full((len(known),), -1)
+    new_label[kept] = torch.arange(len(kept))
+    labels = new_label[labels]
+    members = {name: (readable & (split == i) & (labels >= 0)).nonzero()[:, 0] for i, name in enumerate(SPLITS)}
+    rows = [{"path": paths[i], "split": name, "class": names[i]} for name in SPLITS for i in members[name].tolist()]
+    return [known[i] for i in kept], {name: (pixels[chosen], labels[chosen]) for name, chosen in members.items()}, rows
 
 
-def load_data(args: Args, device: torch.device, stopped=lambda: []) -> Data:
-    """--dataset, split into train, val and test and put on the device as it will stay there."""
+def load_data(args: Args) -> tuple[str, list[str], int, dict[str, tuple[torch.Tensor, torch.Tensor]], list[dict]]:
+    """Name, classes, side of the crops, {split: (images uint8 `(N, S, S, C)`, labels int64 `(N,)`)}, split.csv."""
     kind, _, folder = args.dataset.partition(":")
+    rows = []
     if kind == "folder" and folder:
         args.image_size = args.image_size or 224
         crop, name = args.image_size, os.path.basename(os.path.abspath(folder))
-        classes, parts = read_folder(args, folder, round(crop * 8 / 7), stopped)
+        classes, parts, rows = read_folder(args, folder)
     elif args.dataset in TORCHVISION:
-        (classes, parts), name = read_torchvision(args), args.dataset
-        crop = parts["train"][0].shape[1]
-        args.image_size = args.image_size or crop
+        parts, name = {}, args.dataset
+        try:
+            for split in ("train", "test"):
+                found = TORCHVISION[args.dataset](args.data_dir, train=split == "train", download=args.download)
+                images, classes = torch.as_tensor(found.data), list(found.classes)
+                parts[split] = images if images.ndim == 4 else images[..., None], torch.as_tensor(found.targets)
+        except (RuntimeError, OSError) as error:
+            hint = "" if args.download else "; --download fetches it"
+            fail(f"--data-dir {args.data_dir}: {args.dataset} could not be read ({' '.join(str(error).split())}){hint}")
         images, labels = parts["train"]
-        place, size = places(labels, stream(args.seed, "split"))
-        for split, members in (("train", place >= tenths(size)), ("val", place < tenths(size))):
+        crop = images.shape[1]
+        args.image_size = args.image_size or crop
+        rank, size = rank_in_class(labels, random_stream(args.seed, "split"))
+        for split, members in (("train", rank >= tenth(size)), ("val", rank < tenth(size))):
             parts[split] = images[members], labels[members]
     else:
         fail(f"--dataset {args.dataset}: {', '.join(TORCHVISION)} or folder:DIR is expected")
     if args.train_fraction < 1:
         images, labels = parts["train"]
-        place, size = places(labels, stream(args.seed, "fraction"))
-        members = place < (size * args.train_fraction).round().clamp(min=1)
+        rank, size = rank_in_class(labels, random_stream(args.seed, "fraction"))
+        members = rank < (size * args.train_fraction).round().clamp(min=1)
         parts["train"] = images[members], labels[members]
-    few = [f"{len(parts[split][1])} {split}" for split in SPLITS if len(parts[split][1]) < 1 + (split == "train")]
-    if few:
-        fail(f"--dataset {args.dataset}: too few images, {' and '.join(few)}")
-    try:
-        pixels = {split: parts[split][0].contiguous().to(device).permute(0, 3, 1, 2) for split in SPLITS}
-    except torch.OutOfMemoryError:
-        size = sum(parts[split][0].numel() for split in SPLITS) / 2**30
-        fail(f"the images take {size:.1f} GiB on the GPU, more than it has left: a smaller --image-size, or --no-cuda")
-    return Data(name, classes, pixels, {split: parts[split][1].to(device) for split in SPLITS}, crop)
+    return name, classes, crop, parts, rows
 
 
-class Feed:
-    """Batches of one split for the network, cut out and normalised on the device on which the images lie."""
+class Images:
+    """One split on the device, of which batches are cut out and normalised there."""
 
-    def __init__(self, args: Args, data: Data, split: str, moments: tuple[torch.Tensor, torch.Tensor]):
-        pixels, self.labels = data.pixels[split].permute(0, 2, 3, 1), data.labels[split]
+    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor, crop: int, size: int, augment: str, moments: tuple):
+        """pixels uint8 `(N, S, S, C)`, of which a crop is resized to `size`; moments: mean and std, `(3,)` each."""
+        self.labels, self.crop, self.size, self.augment = labels, crop, size, augment
         self.mean, self.std = (value.to(pixels.device).view(1, 3, 1, 1) for value in moments)
-        self.augment, self.crop, self.size = args.augment if split == "train" else "none", data.crop, args.image_size
-        if pixels.shape[1] == data.crop and self.augment != "none":
-            pixels = F.pad(pixels, (0, 0, *[data.crop // 8] * 4))
-        self.span = pixels.shape[1] - data.crop
+        if pixels.shape[1] == crop and augment != "none":
+            pixels = F.pad(pixels, (0, 0, *[crop // 8] * 4))
+        self.span = pixels.shape[1] - crop
         # (image, top, left, row, column, channel) without a copy: cutting out is one look-up, several times as fast
         # as one with rows and columns
-        self.windows = pixels.unfold(1, data.crop, 1).unfold(2, data.crop, 1).permute(0, 1, 2, 4, 5, 3)
+        self.windows = pixels.unfold(1, crop, 1).unfold(2, crop, 1).permute(0, 1, 2, 4, 5, 3)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def plan(self, seed: int, epoch: int) -> tuple[torch.Tensor, ...]:
+    def plan_epoch(self, seed: int, epoch: int) -> tuple[torch.Tensor, ...]:
         """The order of the images `(N,)`, the corners of their crops `(N, 2)` and which are mirrored `(N,)`.
 
         Only seed and epoch determine them, so that every round and every arm sees the same.
         """
-        generator, n = stream(seed, "order", epoch), len(self)
+        generator, n = random_stream(seed, "order", epoch), len(self.labels)
         order = torch.randperm(n, generator=generator)
         corners = torch.randint(0, self.span + 1, (n, 2), generator=generator)
         mirrored = torch.rand(n, generator=generator) < 0.5
@@ -435,12 +351,12 @@ class Feed:
 
 
 def pixel_statistics(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each of three channels over uint8 `(N, C, S, S)`: float32 `(3,)` on the CPU."""
+    """Mean and standard deviation of each of three channels over uint8 `(N, S, S, C)`: float32 `(3,)` on the CPU."""
     sums, squares = 0.0, 0.0
     for part in pixels.split(1_000):
         values = part.double()
-        sums, squares = sums + values.sum(dim=(0, 2, 3)), squares + values.square().sum(dim=(0, 2, 3))
-    count = pixels.numel() // pixels.shape[1]
+        sums, squares = sums + values.sum(dim=(0, 1, 2)), squares + values.square().sum(dim=(0, 1, 2))
+    count = pixels.numel() // pixels.shape[3]
     mean = sums / count
     std = (squares / count - mean.square()).clamp(min=1.0).sqrt()  # at least one grey level
     return tuple(value.float().cpu().expand(3).contiguous() for value in (mean, std))
@@ -469,7 +385,10 @@ class Grey(nn.Module):
 
 
 def make_network(arch: str, classes: int, image_size: int, generator: torch.Generator) -> nn.Module:
-    """The network with Xavier-uniform weights; the MLP is LeNet-300-100 (LeCun et al., 1998) on grey images."""
+    """The network with Xavier-uniform weights; the MLP is LeNet-300-100 (LeCun et al., 1998) on grey images.
+
+    It is on the CPU, where `generator` draws; move it to the device afterwards.
+    """
     if arch in ("resnet50", "resnet18"):
         network = getattr(models, arch)(weights=None, num_classes=classes)
         if image_size <= 64:  # or little would be left of the image after the stem
@@ -508,7 +427,7 @@ def prunable(network: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{name}.weight": module.weight for name, module in modules.items()}
 
 
-# Pruning -------------------------------------------------------------------------------------------------------------
+# Pruning and training ------------------------------------------------------------------------------------------------
 def keep_largest(scores: torch.Tensor, n: int) -> torch.Tensor:
     """Marks the n largest of scores `(N,)`: bool `(N,)`. Of equal ones the later are kept, on every device."""
     kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
@@ -516,40 +435,34 @@ def keep_largest(scores: torch.Tensor, n: int) -> torch.Tensor:
     return kept
 
 
+def expand_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The mask of the weights of `shape` from one of them or of their output channels."""
+    return mask.view(*mask.shape, *[1] * (len(shape) - mask.ndim)).expand(shape).clone()
+
+
 def prune(weights: dict, masks: dict, kind: str, fraction: float) -> dict[str, torch.Tensor]:
     """The next round's masks: `fraction` of what remains is pruned, rounded, and never all of a layer.
 
     Only what remains is ranked, by its place in the ranking and not by a threshold: the count is exact. The masks are
-    those of `torch.nn.utils.prune` (global_unstructured, l1_unstructured, ln_structured with n=1 and dim=0), which
-    would rename the parameters and let "global" empty a layer.
+    those of `torch.nn.utils.prune` (global_unstructured, ln_structured with n=1 and dim=0), which would rename the
+    parameters and let "global" empty a layer.
     """
     scores = {name: weights[name].abs() for name in masks}
     if kind == "channel":
         scores = {name: score.flatten(1).sum(dim=1) for name, score in scores.items()}
         masks = {name: mask.flatten(1).any(dim=1) for name, mask in masks.items()}
     remaining = {name: score[masks[name]] for name, score in scores.items()}
-    if kind == "global":
-        everything = torch.cat(list(remaining.values()))
-        left = len(everything) - round(fraction * len(everything))
-        sizes, firsts, start = [len(values) for values in remaining.values()], [], 0
-        for values in remaining.values():  # the largest weight of a layer outranks all others
-            firsts.append(start + (values == values.max()).nonzero()[-1, 0])
-            start += len(values)
-        everything[torch.stack(firsts)] = torch.inf
-        kept = dict(zip(remaining, keep_largest(everything, max(left, len(sizes))).split(sizes)))
-    else:
+    if kind == "channel":
         left = {name: max(len(values) - round(fraction * len(values)), 1) for name, values in remaining.items()}
         kept = {name: keep_largest(values, left[name]) for name, values in remaining.items()}
-    new = {}
-    for name, mask in masks.items():
-        new[name] = torch.zeros_like(mask)
-        new[name][mask] = kept[name]
-    return {name: widen(mask, weights[name].shape) for name, mask in new.items()}
-
-
-def widen(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The mask of the weights of `shape` from one of them or of their output channels."""
-    return mask.view(*mask.shape, *[1] * (len(shape) - mask.ndim)).expand(shape).clone()
+    else:
+        for values in remaining.values():  # the largest weight of a layer outranks all others
+            values[(values == values.max()).nonzero()[-1, 0]] = torch.inf
+        everything, sizes = torch.cat(list(remaining.values())), [len(values) for values in remaining.values()]
+        left = max(len(everything) - round(fraction * len(everything)), len(sizes))
+        kept = dict(zip(remaining, keep_largest(everything, left).split(sizes)))
+    new = {name: torch.zeros_like(mask).masked_scatter(mask, kept[name]) for name, mask in masks.items()}
+    return {name: expand_mask(mask, weights[name].shape) for name, mask in new.items()}
 
 
 def random_masks(masks: dict, kind: str, seed: int) -> dict[str, torch.Tensor]:
@@ -557,14 +470,27 @@ def random_masks(masks: dict, kind: str, seed: int) -> dict[str, torch.Tensor]:
     new = {}
     for name, mask in masks.items():
         ranked = mask.flatten(1).any(dim=1) if kind == "channel" else mask
-        scores = torch.rand(ranked.numel(), generator=stream(seed, "mask", name))
-        new[name] = widen(keep_largest(scores, int(ranked.sum())).view(ranked.shape), mask.shape)
+        scores = torch.rand(ranked.numel(), generator=random_stream(seed, "mask", name))
+        new[name] = expand_mask(keep_largest(scores, int(ranked.sum())).view(ranked.shape), mask.shape)
     return new
 
 
-def learn(
-    network: nn.Module, optimizer, sparse: Optional[tuple[list, list]], images, labels, amp: bool
-) -> torch.Tensor:
+@torch.no_grad()
+def apply_masks(network: nn.Module, masks: dict[str, torch.Tensor]) -> None:
+    for name, weight in prunable(network).items():
+        weight.mul_(masks[name].to(weight.device))
+
+
+def make_optimizer(args: Args, network: nn.Module) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    nesterov = args.nesterov and args.momentum > 0
+    return torch.optim.SGD(groups, args.learning_rate, momentum=args.momentum, nesterov=nesterov, fused=True)
+
+
+def learn(network: nn.Module, optimizer, sparse: tuple[list, list] | None, images, labels, amp: bool) -> torch.Tensor:
     """One update; returns the loss. `sparse`: the pruned weights and their masks in float.
 
     Weights that are zero, a gradient of zero and an optimizer that never knew another keep what is pruned, and its
@@ -581,13 +507,19 @@ def learn(
     return loss.detach()
 
 
-def make_optimizer(args: Args, network: nn.Module) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    nesterov = args.nesterov and args.momentum > 0
-    return torch.optim.SGD(groups, args.learning_rate, momentum=args.momentum, nesterov=nesterov, fused=True)
+@torch.no_grad()
+def evaluate(network: nn.Module, split: Images, batch_size: int, amp: bool) -> torch.Tensor:
+    """Loss and accuracy on a split: float64 `(2,)` on the device."""
+    network.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
+    in_order = torch.arange(len(split.labels), device=split.labels.device)
+    for start in range(0, len(in_order), batch_size):
+        images, labels = split.batch(slice(start, start + batch_size), in_order)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            logits = network(images)
+        right = (logits.argmax(dim=1) == labels).sum()
+        totals += torch.stack([F.cross_entropy(logits.float(), labels, reduction="sum"), right]).double()
+    return totals / len(in_order)
 
 
 def rewind_steps(text: str, per_epoch: int) -> int:
@@ -599,47 +531,40 @@ def rewind_steps(text: str, per_epoch: int) -> int:
 
 
 # Tickets -------------------------------------------------------------------------------------------------------------
-def load_file(path: str, needed: set, what: str) -> dict:
-    if not os.path.isfile(path):
-        fail(f"no {what} at {path}")
+def load_file(path: str, needed: set[str]) -> dict:
+    """A ticket {mask: bool by name, weights: the rewound and masked state, trained: the state at the round's end, meta}
+    or a checkpoint, on the CPU."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        fail(f"{path} is not a {what}: {(str(error) or type(error).__name__).splitlines()[0]}")
+        reason = "it is damaged or of another program" if os.path.isfile(path) else str(error)
+        fail(f"{path} cannot be loaded: {reason}")
     if not isinstance(content, dict) or not needed <= set(content):
-        fail(f"{path} is not a {what} of this script")
+        fail(f"{path} is not a file of this script: {', '.join(sorted(needed))} are expected in it")
     return content
 
 
-def load_ticket(path: str) -> dict:
-    """{mask: bool by name, weights: the rewound and masked state, trained: the state at the round's end, meta}."""
-    return load_file(path, {"mask", "weights", "trained", "meta"}, "ticket")
-
-
-def plant(network: nn.Module, ticket: dict, control: str, seed: int, path: str) -> dict[str, torch.Tensor]:
+def start_from_ticket(network: nn.Module, path: str, control: str, seed: int) -> dict[str, torch.Tensor]:
     """Put the ticket, or what `control` has in its place, into a random network; returns the masks.
 
-    The last layer stays as it is, so that it is the same in all arms. `path`: where the ticket is from; beside it lie
-    the weights that a random mask may need, which the ticket itself has pruned.
+    The last layer stays as it is, so that it is the same in all arms.
     """
-    own, masks = network.state_dict(), {}
+    ticket, own, masks = load_file(path, TICKET), network.state_dict(), {}
     for name, weight in prunable(network).items():
         mask = ticket["mask"].get(name)
         if mask is None or mask.shape != weight.shape:
             found = "missing" if mask is None else tuple(mask.shape)
             fail(f"{path}: the mask of {name} is {found}, and {tuple(weight.shape)} is needed at this --image-size")
         masks[name] = mask.bool()
-    state = {"none": "weights", "trained": "trained", "random-mask": "weights"}.get(control)
     if control == "random-mask":
-        first = os.path.join(os.path.dirname(path), "round_00.pt")
-        if ticket["meta"]["round"] > 0 and not os.path.isfile(first):
-            fail(f"--control random-mask needs the unpruned weights beside the ticket, {first}")
         masks = random_masks(masks, ticket["meta"]["pruning"], seed)
-        ticket = load_ticket(first) if ticket["meta"]["round"] > 0 else ticket
-    if state:
-        body = {name: tensor for name, tensor in ticket[state].items() if not name.startswith("fc.")}
-        wrong = [name for name in own if not name.startswith("fc.") and (
-            name not in body or body[name].shape != own[name].shape)]  # fmt: skip
+        # the weights that the mask may need and the ticket has pruned
+        ticket = load_file(os.path.join(os.path.dirname(path), "round_00.pt"), TICKET)
+    if control != "reinit":
+        state = ticket["trained" if control == "trained" else "weights"]
+        body = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+        wrong = [name for name in own if not name.startswith("fc.")
+                 and (name not in body or body[name].shape != own[name].shape)]  # fmt: skip
         if wrong:
             fail(f"{path}: the weights do not fit a {ticket['meta']['arch']}: {some(wrong)}")
         network.load_state_dict(body, strict=False)
@@ -647,79 +572,7 @@ def plant(network: nn.Module, ticket: dict, control: str, seed: int, path: str) 
     return masks
 
 
-@torch.no_grad()
-def apply_masks(network: nn.Module, masks: dict[str, torch.Tensor]) -> None:
-    for name, weight in prunable(network).items():
-        weight.mul_(masks[name].to(weight.device))
-
-
-def clone(state: dict) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
-
-
-def save_atomically(content: dict, path: str) -> None:
-    torch.save(content, path + ".tmp")
-    os.replace(path + ".tmp", path)
-
-
-def read_rows(path: str) -> list[dict]:
-    """The rounds in a results.csv, numbers as numbers."""
-    if not os.path.isfile(path):
-        return []
-    try:
-        with open(path, newline="") as file:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    except (OSError, TypeError, ValueError) as error:
-        fail(f"{path}: {error}")
-    if rows and not set(COLUMNS) <= set(rows[0]):
-        fail(f"{path}: the columns {', '.join(COLUMNS)} are expected")
-    whole = {"round", "remaining", "prunable", "parameters", "best_epoch", "epochs"}
-    return [{name: int(value) if name in whole else value for name, value in row.items()} for row in rows]
-
-
-# Counting and reporting ----------------------------------------------------------------------------------------------
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-
-
-def count_costs(ticket: dict) -> list[tuple[str, int, int, int, int]]:
-    """Of every layer: name, weights, weights left, multiply-adds per image, multiply-adds of the weights left."""
-    meta = ticket["meta"]
-    network = make_network(meta["arch"], len(meta["classes"]), meta["built_for"], stream(0)).eval()
-    names, rows = {module: name for name, module in network.named_modules()}, []
-
-    def hook(module: nn.Module, _, output: torch.Tensor) -> None:
-        weights = module.weight.numel()
-        mask = ticket["mask"].get(f"{names[module]}.weight")
-        left = weights if mask is None else int(mask.sum())
-        positions = output[0, 0].numel()  # a weight is used once for every output pixel
-        rows.append((names[module], weights, left, weights * positions, left * positions))
-
-    for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(hook)
-    with torch.no_grad():
-        network(torch.zeros(1, 3, meta["image_size"], meta["image_size"]))
-    return rows
-
-
-def print_counts(path: str) -> None:
-    ticket = load_ticket(path)
-    meta, rows = ticket["meta"], count_costs(ticket)
-    lines = [[name, *(f"{number:,}" for number in numbers)] for name, *numbers in rows]
-    totals = [sum(column) for column in list(zip(*rows))[1:]]
-    lines.append(["sum", *(f"{number:,}" for number in totals)])
-    print(f"{path}: {meta['arch']} of {meta['dataset']}, {meta['image_size']} pixels, round {meta['round']}\n")
-    print(markdown(["layer", "weights", "left", "multiply-adds", "of the weights left"], lines) + "\n")
-    masks = ticket["mask"].values()
-    prunable_count, left = sum(mask.numel() for mask in masks), sum(int(mask.sum()) for mask in masks)
-    remain, everything = meta["parameters"], meta["parameters"] + prunable_count - left
-    print(f"{left:,} of {prunable_count:,} prunable weights are left (sparsity {1 - left / prunable_count:.4f}), "
-          f"{remain:,} of {everything:,} parameters in all (sparsity {1 - remain / everything:.4f}), and "
-          f"{totals[3]:,} of {totals[2]:,} multiply-adds ({totals[3] / totals[2]:.2%}; FLOPs are twice as many). "
-          "Dense kernels multiply zeros too: this says nothing about time.")  # fmt: skip
-
-
+# Reporting -----------------------------------------------------------------------------------------------------------
 # Table of the paper: test accuracy in % and its standard deviation, and the sparsity of the best ticket
 PUBLISHED_ARMS = ["dense", "cifar10", "cifar100", "fashion-mnist", "own"]
 PUBLISHED = {
@@ -733,7 +586,7 @@ PUBLISHED = {
 T95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 1 to 9 degrees of freedom
 
 
-def mean_and_half(values: list[float]) -> tuple[float, Optional[float]]:
+def mean_and_half(values: list[float]) -> tuple[float, float | None]:
     """The mean and half of its 95 % interval (Student's t), None for a single value."""
     if len(values) < 2:
         return values[0], None
@@ -741,403 +594,387 @@ def mean_and_half(values: list[float]) -> tuple[float, Optional[float]]:
     return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def shown(values: list[float]) -> str:
+    """Mean and half interval of shares, in percent."""
+    if not values:
+        return "–"
+    mean, half = mean_and_half([100 * value for value in values])
+    return f"{mean:.2f}" + ("" if half is None else f" ± {half:.2f}")
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def save_figure(figure, path: str) -> None:
+    save_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
+    pyplot.close(figure)
+
+
+def read_settings(run_dir: str) -> dict:
+    path = os.path.join(run_dir, "hyperparameters.json")
+    try:
+        with open(path) as file:
+            settings = json.load(file)
+        return settings | {name: settings[name] for name in ("target", "arm", "seed", "exp_name", "control")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{path} is not of this script: {error!r}")
+
+
+def different(one: dict, other: dict, ignored: set[str]) -> list[str]:
+    names = sorted(set(one) | set(other) - ignored)
+    return [f"{name} {one.get(name)} and {other.get(name)}" for name in names if one.get(name) != other.get(name)]
+
+
 def read_runs(folders: list[str]) -> dict[str, dict[str, list[tuple[dict, dict[int, dict]]]]]:
     """{target: {arm: [(settings, {round: row}) of every seed]}}"""
-    found, seen = defaultdict(lambda: defaultdict(list)), {}
-    paths = sorted({os.path.realpath(root) for folder in folders for root, _, names in os.walk(folder)
-                    if "hyperparameters.json" in names})  # fmt: skip
-    for path in paths:
+    found = defaultdict(lambda: defaultdict(list))
+    paths = {os.path.realpath(root) for folder in folders for root, _, names in os.walk(folder)
+             if "hyperparameters.json" in names}  # fmt: skip
+    for path in sorted(paths):
+        settings = read_settings(path) | {"path": path}
+        arm = settings["arm"]
+        if settings["exp_name"] != Args.exp_name:
+            arm += f" ({settings['exp_name']})"
         try:
-            with open(os.path.join(path, "hyperparameters.json")) as file:
-                settings = json.load(file)
-            target, arm, seed = (settings[name] for name in ("target", "arm", "seed"))
-            arm = arm if settings["exp_name"] == Args.exp_name else f"{arm} ({settings['exp_name']})"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            fail(f"{path}/hyperparameters.json is not of this script: {error!r}")
-        rows = read_rows(os.path.join(path, "results.csv"))
-        if not rows:
+            with open(os.path.join(path, "results.csv"), newline="") as file:
+                table = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        except FileNotFoundError:
             say(f"{path}: no round is finished yet")
             continue
-        for other, _ in found[target][arm][:1]:
-            compared = [name for name in other if name not in FREE | {"seed", "source", "source_seed"}]
-            differ = [f"{n} {other[n]} and {settings.get(n)}" for n in compared if other[n] != settings.get(n)]
+        except (OSError, TypeError, ValueError) as error:
+            fail(f"{path}/results.csv: {error}")
+        for other, _ in found[settings["target"]][arm]:
+            if other["seed"] == settings["seed"]:
+                fail(f"{path} and {other['path']} are the same run twice")
+            differ = different(other, settings, {*CHANGEABLE.split(), "seed", "source", "source_seed", "path", "flags"})
             if differ:
-                fail(f"{seen[target, arm, other['seed']]} and {path} are of one arm but differ in {', '.join(differ)}")
-        if (target, arm, seed) in seen:
-            fail(f"{path} and {seen[target, arm, seed]} are the same run twice")
-        seen[target, arm, seed] = path
-        found[target][arm].append((settings, {row["round"]: row for row in rows}))
-    if not seen:
+                fail(f"{other['path']} and {path} are of one arm but differ in {', '.join(differ)}")
+        found[settings["target"]][arm].append((settings, {int(row["round"]): row for row in table}))
+    if not found:
         fail(f"--report {' '.join(folders)}: no runs with results there")
     return found
 
 
-def best_round(runs: list[dict[int, dict]], measure: str) -> int:
-    """The round with the highest mean of `measure` over the seeds, among those that all seeds have."""
-    common = sorted(set.intersection(*map(set, runs))) or sorted(runs[0])
-    return max(common, key=lambda r: statistics.fmean(run[r][measure] for run in runs if r in run))
-
-
 def report(folders: list[str], out: str) -> None:
     """Print a table per target and draw its picture, lottery_TARGET.png."""
-    try:
-        import matplotlib
-    except ImportError:
-        fail("--report needs matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    targets = read_runs(folders)
     os.makedirs(out, exist_ok=True)
-    for target, arms in sorted(targets.items()):
+    for target, arms in sorted(read_runs(folders).items()):
         arms = dict(sorted(arms.items(), key=lambda item: (item[0] != "dense", not item[0].startswith("own"), item[0])))
         runs = {arm: [rows for _, rows in group] for arm, group in arms.items()}
+        rounds = sorted({r for group in runs.values() for rows in group for r in rows})
 
         def at(arm: str, r: int, measure: str = "test_accuracy") -> list[float]:
             return [rows[r][measure] for rows in runs[arm] if r in rows]
 
-        def shown(values: list[float]) -> str:
-            if not values:
-                return "–"
-            mean, half = mean_and_half([100 * value for value in values])
-            return f"{mean:.2f}" + ("" if half is None else f" ± {half:.2f}")
-
         print(f"### {target}: test accuracy in %, mean ± half of the 95 % interval over seeds\n")
-        rounds = sorted({r for group in runs.values() for rows in group for r in rows})
         lines = []
         for r in rounds:
-            sparsities = {f"{value:.3f}" for arm in runs for value in at(arm, r, "sparsity")}
-            lines.append([str(r), " / ".join(sorted(sparsities)), *(shown(at(arm, r)) for arm in runs)])
-        print(markdown(["round", "sparsity", *(f"{arm}, n = {len(runs[arm])}" for arm in runs)], lines) + "\n")
-        lines, published = [], PUBLISHED.get(re.sub(r"[\s_]+", "-", target.lower()), "").split(", ")
-        published = dict(zip(PUBLISHED_ARMS, published))
+            sparsities = sorted({f"{value:.3f}" for arm in runs for value in at(arm, r, "sparsity")})
+            lines.append([str(r), " / ".join(sparsities), *(shown(at(arm, r)) for arm in runs)])
+        print(markdown(["round", "sparsity", *(f"{arm}, n = {len(runs[arm])}" for arm in runs)], lines))
+        published = PUBLISHED.get(re.sub(r"[\s_]+", "-", target.lower()), "").split(", ")
+        published, lines = dict(zip(PUBLISHED_ARMS, published)), []
         for arm, group in runs.items():
             cells = []
+            in_all = set.intersection(*map(set, group))
             for measure in ("val_accuracy", "test_accuracy"):
-                r = best_round(group, measure)
-                sparsity = statistics.fmean(at(arm, r, "sparsity"))
-                cells.append(f"{shown(at(arm, r))} ({sparsity:.3f})")
+                best = max(sorted(in_all), key=lambda r: statistics.fmean(at(arm, r, measure)))
+                cells.append(f"{shown(at(arm, best))} ({statistics.fmean(at(arm, best, 'sparsity')):.3f})")
             settings = arms[arm][0][0]
-            name = settings.get("source_dataset") or arm.split("-")[0]
             alike = settings["control"] in ("none", "dense") and settings["train_fraction"] == 1
+            name = settings.get("source_dataset") or arm.split("-")[0]
             lines.append([arm, *cells, alike and published.get(name) or "–"])
         head = ["best ticket (its sparsity)", "chosen on validation", "highest on test, as published", "published"]
-        print(markdown(head, lines) + "\n")
+        print(markdown(head, lines))
         figure, axes = pyplot.subplots(figsize=(8.5, 4.2), layout="constrained")
-        drawn = []
         for arm in runs:
             points = [r for r in rounds if at(arm, r)]
             left = [100 * (1 - statistics.fmean(at(arm, r, "sparsity"))) for r in points]
             found = [mean_and_half([100 * value for value in at(arm, r)]) for r in points]
             means, halves = np.array([mean for mean, _ in found]), np.array([half or 0.0 for _, half in found])
-            drawn += list(zip(left, means))
             if arm.startswith("dense"):  # there is one, to be compared with all sparsities
                 axes.axhline(means[0], color="black", linestyle="--", label=f"{arm}, n = {len(runs[arm])}")
                 axes.axhspan(means[0] - halves[0], means[0] + halves[0], color="black", alpha=0.1, linewidth=0)
                 continue
             (line,) = axes.plot(left, means, marker=".", label=f"{arm}, n = {len(runs[arm])}")
             axes.fill_between(left, means - halves, means + halves, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set(xscale="log", xlabel="weights left, %", ylabel="test accuracy, %", title=target)
-        least, low, high = min(left for left, _ in drawn), *(edge(mean for _, mean in drawn) for edge in (min, max))
-        ticks = [left for left in (100, 70, 50, 30, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1) if left >= 0.9 * least]
-        axes.set_xticks(ticks, [f"{left:g}" for left in ticks])
-        axes.minorticks_off()
+        axes.set(xscale="log", xlabel="weights left, %", ylabel="test accuracy, %", title=target, ylim=(0, 101))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.invert_xaxis()
-        axes.set_ylim(max(low - 10, -1), min(high + 10, 101))  # intervals of two or three seeds leave the picture
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         path = os.path.join(out, f"lottery_{target}.png".replace(" ", "_"))
-        figure.savefig(path + ".tmp", dpi=100, format="png")
-        os.replace(path + ".tmp", path)
-        pyplot.close(figure)
+        save_figure(figure, path)
         print(f"{path}\n")
 
 
+def draw_curves(run_dir: str, rows: list[dict], history: list[dict]) -> None:
+    """curves.png: the losses of every round by epoch, and accuracy against the weights that are left."""
+    figure, (losses, accuracies) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for row in rows:
+        entries = [entry for entry in history if entry["round"] == row["round"]]
+        epochs, color = [entry["epoch"] for entry in entries], pyplot.cm.viridis(row["sparsity"])
+        losses.plot(epochs, [entry["train_loss"] for entry in entries], color=color, linestyle=":")
+        losses.plot(epochs, [entry["val_loss"] for entry in entries], color=color, label=f"round {row['round']}")
+    losses.set(xlabel="epoch", ylabel="loss", yscale="log", title="dotted: training, solid: validation")
+    losses.legend(fontsize=6, ncols=2)
+    left = [100 * (1 - row["sparsity"]) for row in rows]
+    for split in ("val", "test"):
+        accuracies.plot(left, [100 * row[f"{split}_accuracy"] for row in rows], marker=".", label=split)
+    accuracies.set(xscale="log", xlabel="weights left, %", ylabel="accuracy, %", title=os.path.basename(run_dir))
+    accuracies.xaxis.set_major_formatter("{x:g}")
+    accuracies.invert_xaxis()
+    accuracies.legend()
+    save_figure(figure, os.path.join(run_dir, "curves.png"))
+
+
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.report or args.count:
-        report(args.report, args.out) if args.report else print_counts(args.count)
+    args = tyro.cli(Args, description="Finds lottery tickets on one set of images and trains them on another.")
+    if args.report:
+        report(args.report, args.out)
         sys.exit()
-    for name, least in (("epochs", 1), ("rounds", 1), ("batch_size", 2), ("patience", 0)):
-        if getattr(args, name) < least:
-            fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    for name, most in (("prune_fraction", 0.999), ("train_fraction", 1)):
-        if not 0 < getattr(args, name) <= most:
-            fail(f"--{name.replace('_', '-')} must be above 0 and at most {most}, not {getattr(args, name)}")
-    if args.ticket and args.tickets:
-        fail("--ticket is one ticket and --tickets a folder of them: give one of the two")
-    if args.control not in ("none", "dense") and not (args.ticket or args.tickets):
-        fail(f"--control {args.control} needs the tickets that it is compared with: --ticket or --tickets")
-
-    if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track needs Weights and Biases: pip install wandb")
-
-    # Ctrl-C and kill end the run after the update, with a checkpoint; a second one ends it at once
-    signals: list[int] = []
-
-    def on_signal(number: int, _) -> None:
-        if signals:
-            sys.exit(128 + number)
-        signals.append(number)
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-
-    torch.backends.cudnn.deterministic = args.torch_deterministic
+    run_dir = args.resume
+    if run_dir:
+        run_dir = os.path.dirname(os.path.abspath(run_dir)) if os.path.isfile(run_dir) else run_dir
+        saved = read_settings(run_dir).get("flags", {})
+        args = tyro.cli(Args, default=Args(**{name: saved[name] for name in vars(args) if name in saved}))
+    flags = {name: value for name, value in vars(args).items() if name not in ("resume", "download")}
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} must be between {low} and {high}, not {value}")
+    if (args.control in ("reinit", "random-mask", "trained") and not args.tickets) or (
+        args.control == "lr-rewinding" and args.tickets
+    ):
+        fail(f"--control {args.control} is for runs {'without' if args.tickets else 'with'} --tickets")
+    on_cuda = args.cuda and torch.cuda.is_available()
+    device = torch.device("cuda" if on_cuda else "cpu")
+    amp = args.amp and on_cuda
+    if args.workers is None:
+        args.workers = os.cpu_count() or 1 if on_cuda else 4
+    torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("high")
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    amp = args.amp and device.type == "cuda"
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, unless nohup has it ignored
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
-    # The tickets, {round: path}, if there are any
+    # The tickets, {round: path}, and what they say about the network
     tickets, source = {}, None
     if args.tickets:
-        if not os.path.isdir(args.tickets):
-            fail(f"--tickets {args.tickets}: there is no such folder")
-        for name in sorted(os.listdir(args.tickets)):
-            if found := re.fullmatch(r"round_(\d+)\.pt", name):
-                tickets[int(found[1])] = os.path.join(args.tickets, name)
-        tickets = {r: path for r, path in tickets.items() if r < args.rounds}
-        if not tickets:
-            fail(f"--tickets {args.tickets}: no round_RR.pt in it, of the first {args.rounds}")
-    if args.tickets or args.ticket:
-        path = args.ticket or next(iter(tickets.values()))
-        source = load_ticket(path)["meta"]
-        tickets = tickets or {source["round"]: args.ticket}
+        paths = sorted(glob.glob(f"{glob.escape(args.tickets)}/round_*.pt")) or [args.tickets]
+        if os.path.isdir(paths[0]):
+            fail(f"--tickets {args.tickets}: no round_RR.pt in it")
+        source = load_file(paths[0], TICKET)["meta"]
+        tickets = {source["round"] + i: path for i, path in enumerate(paths)}
         for name in ("arch", "pruning", "rewind"):
             if getattr(args, name) not in (None, source[name]):
-                fail(f"--{name} {getattr(args, name)}: {path} has {source[name]}")
+                fail(f"--{name} {getattr(args, name)}: {paths[0]} has {source[name]}")
             setattr(args, name, source[name])
+        tickets = {r: path for r, path in tickets.items() if r < args.rounds or len(paths) == 1}
         args.prune_fraction, args.image_size = source["prune_fraction"], args.image_size or source["image_size"]
-    args.arch, args.pruning = args.arch or "resnet50", args.pruning or "global"
-    args.rewind = args.rewind or "2ep"
+    args.arch, args.pruning, args.rewind = args.arch or "resnet50", args.pruning or "global", args.rewind or "2ep"
+    args.epochs = args.epochs or {"conv": 6, "mlp": 6}.get(args.arch, 90)
+    args.milestones = args.milestones or [round(args.epochs * share / 90) for share in (50, 60, 75)]
     if args.control == "dense":
-        tickets, args.pruning, args.rewind, args.prune_fraction = {0: None}, None, None, None
+        tickets, source, args.pruning, args.rewind, args.prune_fraction = {0: None}, None, None, None, None
 
     # Data
-    data = load_data(args, device, lambda: signals)
-    moments = pixel_statistics(data.pixels["train"])
-    feeds = {split: Feed(args, data, split, moments) for split in SPLITS}
-    sizes = {split: len(feeds[split]) for split in SPLITS}
-    shown = ", ".join(f"{n:,} {split}" for split, n in sizes.items())
-    say(f"{data.name}: {shown} images, {len(data.classes):,} classes")
+    try:
+        data_name, classes, crop, parts, split_rows = load_data(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sizes = {split: len(parts[split][1]) for split in SPLITS}
+    say(f"{data_name}: {', '.join(f'{n:,} {split}' for split, n in sizes.items())} images, {len(classes):,} classes")
     full, rest = divmod(sizes["train"], args.batch_size)
     per_epoch = full + (rest > 1)  # one image alone is no batch: batch normalisation needs two values
-    keep_from = 0 if tickets else rewind_steps(args.rewind, per_epoch)
-    if keep_from >= args.epochs * per_epoch:
-        fail(f"--rewind {args.rewind} is {keep_from:,} updates, and a round has {args.epochs * per_epoch:,}")
-
+    if not per_epoch:
+        fail(f"--dataset {args.dataset}: too few images")
+    parts = {split: tuple(tensor.contiguous().to(device) for tensor in parts[split]) for split in SPLITS}
+    moments = pixel_statistics(parts["train"][0])
+    images = {split: Images(*parts[split], crop, args.image_size, args.augment if split == "train" else "none", moments)
+              for split in SPLITS}  # fmt: skip
+    total, keep_from = args.epochs * per_epoch, 0 if tickets else rewind_steps(args.rewind, per_epoch)
+    if keep_from >= total:
+        fail(f"--rewind {args.rewind} is {keep_from:,} updates, and a round has {total:,}")
     built_for = source["built_for"] if source else args.image_size
     if args.arch == "mlp" and built_for != args.image_size:
         fail(f"--image-size {args.image_size}: this ticket is a network for {built_for} pixels and nothing else")
 
-    # TRY NOT TO MODIFY: the run's folder and logs
-    if args.control == "dense":
-        arm = "dense"
-    elif source:
-        arm = f"{source['dataset']}-{args.pruning}" + (f"-{args.control}" if args.control != "none" else "")
-    else:
-        arm = f"own-{args.pruning}"
+    # TRY NOT TO MODIFY: the run's folder, which one process at a time may write, and its settings
+    arm = "dense" if args.control == "dense" else f"{source['dataset'] if source else 'own'}-{args.pruning}"
+    arm += f"-{args.control}" if args.control not in ("none", "dense") else ""
     arm += f"-{args.train_fraction:g}" if args.train_fraction < 1 else ""
-    run_dir = os.path.join(args.logdir, f"{data.name}__{args.exp_name}__{args.arch}__{arm}__{args.seed}")
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    settings |= {"target": data.name, "arm": arm, "classes": data.classes, "images": list(sizes.values())}
-    if source and args.control != "dense":
+    run_name = f"{data_name}__{args.exp_name}__{args.arch}__{arm}__{args.seed}"
+    if re.search(r"[/\\\0\n\r]", run_name):
+        fail(f"{run_name!r}, of --dataset, --exp-name and the ticket, is not the name of a folder")
+    run_dir = run_dir or os.path.join(args.logdir, run_name)
+    settings = {name: value for name, value in vars(args).items() if name not in CHANGEABLE.split()}
+    settings |= {"target": data_name, "arm": arm, "classes": classes, "images": [*sizes.values()]}
+    if source:
         settings |= {"source_dataset": source["dataset"], "source_seed": source["seed"]}
-        settings |= {"source": os.path.basename(os.path.dirname(os.path.abspath(args.ticket or args.tickets + "/x")))}
-    os.makedirs(run_dir, exist_ok=True)
+    try:
+        os.makedirs(run_dir, exist_ok=True)
+        lock = open(os.path.join(run_dir, ".lock"), "w")
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is writing to {run_dir}")
+    except OSError as error:
+        fail(f"--logdir {args.logdir}: {error}")
+    for left_over in glob.glob(os.path.join(glob.escape(run_dir), "*.tmp")):
+        os.remove(left_over)
     settings_path, results_path, last_path = (
-        os.path.join(run_dir, name) for name in ("hyperparameters.json", "results.csv", "last.pt")
+        os.path.join(run_dir, file) for file in ("hyperparameters.json", "results.csv", "last.pt")
     )
+    state = {"rows": [], "history": [], "round": None}
     if os.path.isfile(settings_path):
-        try:
-            with open(settings_path) as file:
-                saved = json.load(file)
-        except ValueError as error:
-            fail(f"{settings_path}: {error}")
-        names = sorted(set(saved) | set(settings))
-        differ = [f"{n} {saved.get(n)}, not {settings.get(n)}" for n in names if saved.get(n) != settings.get(n)]
+        differ = different(read_settings(run_dir), settings, {"flags"})
         if differ:
-            fail(f"{run_dir} was made with {'; '.join(differ)}: another --exp-name makes another run")
-    else:
-        with open(settings_path + ".tmp", "w") as file:
-            json.dump(settings, file, indent=1)
-        os.replace(settings_path + ".tmp", settings_path)
-    if args.track:
-        project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": os.path.basename(run_dir)}
-        wandb.init(**project, config=vars(args), sync_tensorboard=True, save_code=True)
-    rows = read_rows(results_path)
-    done = {row["round"] for row in rows}
-    todo = [r for r in (tickets or range(args.rounds)) if r not in done]
-    if not todo:
-        say(f"{run_dir}: all rounds are done")
-        sys.exit()
-    checkpoint = {}
+            fail(f"{run_dir} was made with {'; '.join(differ)} here: another --exp-name makes another run")
     if os.path.isfile(last_path):
-        checkpoint = load_file(last_path, {"round", "step", "network", "optimizer"}, "checkpoint")
-    say(f"{run_dir}: {'goes on' if done or checkpoint else 'begins'} with round {todo[0]}, on {device}")
-    writer = SummaryWriter(run_dir)
-    table = "\n".join(f"|{name}|{value}|" for name, value in (vars(args) | settings).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", todo[0])
+        state = load_file(last_path, set(state))
+    text = json.dumps(settings | {"flags": flags}, indent=1)
+    save_atomically(settings_path, lambda path: Path(path).write_text(text))
+    if split_rows:
+        write_table(os.path.join(run_dir, "split.csv"), split_rows)
+    to_do = [r for r in (tickets or range(args.rounds)) if r not in {row["round"] for row in state["rows"]}]
+    if args.track:
+        import wandb
 
-    # The network. A control that begins at random must not begin with the source's own initial weights, and the last
-    # layer is the same in all arms.
+        wandb.init(name=os.path.basename(run_dir), config=settings, sync_tensorboard=True, save_code=True)
+
+    # ALGO LOGIC: the network. A control that begins at random must not begin with the source's own initial weights, and
+    # the last layer is the same in all arms.
     role = "control" if tickets else "source"
-    network = make_network(args.arch, len(data.classes), built_for, stream(args.seed, role)).to(device)
-    xavier(network.fc, stream(args.seed, "head"))
-    initial = clone(network.state_dict())
+    network = make_network(args.arch, len(classes), built_for, random_stream(args.seed, role))
+    xavier(network.fc, random_stream(args.seed, "head"))
+    network = network.to(device)
+    initial = copy.deepcopy(network.state_dict())
     forward = torch.compile(network) if args.compile else network
     weights = prunable(network)
     prunable_count, everything = (sum(p.numel() for p in group) for group in (weights.values(), network.parameters()))
     say(f"{args.arch} for images of {args.image_size} pixels: {everything:,} parameters, {prunable_count:,} prunable")
-    total = args.epochs * per_epoch
+    say(f"{run_dir}: {len(state['rows'])} rounds are done, {len(to_do)} to do, on {device}")
+    begun = saved_at = time.perf_counter()
+    last_line, updates = 0.0, 0
+    try:
+        for to_come, r in zip(reversed(range(len(to_do))), to_do):
+            # ALGO LOGIC: what the round begins with
+            network.load_state_dict(initial)
+            masks = {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
+            step, best, stale, seconds = 0, {"val_loss": math.inf}, 0, 0.0
+            if tickets and tickets[r]:
+                masks = start_from_ticket(network, tickets[r], args.control, args.seed)
+            elif not tickets and r > 0:
+                first, previous = (load_file(f"{run_dir}/round_{i:02d}.pt", TICKET) for i in (0, r - 1))
+                masks = prune(previous["trained"], previous["mask"], args.pruning, args.prune_fraction)
+                network.load_state_dict(previous["trained"] if args.control == "lr-rewinding" else first["weights"])
+                apply_masks(network, masks)
+                step = keep_from
+            start = copy.deepcopy(network.state_dict())  # of the first round: until the rewind point is reached
+            remaining, sparse = sum(int(mask.sum()) for mask in masks.values()), None
+            if remaining < prunable_count:
+                # in the memory order of the weights, or multiplying would be slow
+                factors = [torch.empty_like(weight).copy_(masks[name]) for name, weight in weights.items()]
+                sparse = list(weights.values()), factors
+            optimizer = make_optimizer(args, network)
+            if state["round"] and state["round"]["round"] == r:
+                network.load_state_dict(state["round"]["network"])
+                optimizer.load_state_dict(state["round"]["optimizer"])
+                step, best, stale, start, seconds = (
+                    state["round"][name] for name in ("step", "best", "stale", "start", "seconds")
+                )
 
-    def ticket_path(r: int) -> str:
-        return os.path.join(run_dir, f"round_{r:02d}.pt")
+            # TRY NOT TO MODIFY: the round's own event file, written anew so that no point is there twice
+            for events in glob.glob(f"{glob.escape(run_dir)}/events*.round_{r:02d}"):
+                os.remove(events)
+            writer = SummaryWriter(run_dir, filename_suffix=f".round_{r:02d}")
 
-    @torch.no_grad()
-    def test(split: str) -> Optional[tuple[float, float]]:
-        """Loss and accuracy on a split; None when a signal came."""
-        forward.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=device)
-        everything = torch.arange(len(feeds[split]), device=device)
-        for start in range(0, len(everything), max(args.batch_size, 256)):
-            images, labels = feeds[split].batch(slice(start, start + max(args.batch_size, 256)), everything)
-            if signals:
-                return None
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                logits = forward(images)
-            right = (logits.argmax(dim=1) == labels).sum()
-            totals += torch.stack([F.cross_entropy(logits.float(), labels, reduction="sum"), right]).double()
-        loss, accuracy = (totals / len(feeds[split])).tolist()
-        return loss, accuracy
+            def log(entry: dict) -> None:
+                for name in ("train_loss", "val_loss", "val_accuracy", "learning_rate"):
+                    writer.add_scalar(f"round_{entry['round']:02d}/{name}", entry[name], entry["epoch"])
 
-    last_line, saved_at = 0.0, time.perf_counter()
-    for r in todo:
-        # ALGO LOGIC: what the round begins with
-        step, rewound = 0, None
-        network.load_state_dict(initial)
-        masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-        if tickets and tickets[r]:
-            masks = plant(network, load_ticket(tickets[r]), args.control, args.seed, tickets[r])
-        elif not tickets and r > 0:
-            previous, rewound, step = load_ticket(ticket_path(r - 1)), load_ticket(ticket_path(0))["weights"], keep_from
-            masks = prune(previous["trained"], previous["mask"], args.pruning, args.prune_fraction)
-            network.load_state_dict(rewound)
-            apply_masks(network, masks)
-        remaining = {name: int(mask.sum()) for name, mask in masks.items()}
-        left, sparse = sum(remaining.values()), None
-        if left < prunable_count:
-            # in the memory order of the weights, or multiplying would be slow
-            sparse = list(weights.values()), [torch.empty_like(weights[name]).copy_(masks[name]) for name in weights]
-        optimizer = make_optimizer(args, network)
-        best, best_state, stale, sums, seconds = [float("inf"), 0.0, 0], None, 0, [0.0, 0], 0.0
-        if checkpoint.get("round") == r:
-            network.load_state_dict(checkpoint["network"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            step, best, best_state, stale, sums, seconds = (
-                checkpoint[name] for name in ("step", "best", "best_state", "stale", "sums", "seconds")
-            )
-            rewound = checkpoint["rewound"] or rewound
-        tag, since, first_step = f"round_{r:02d}", time.perf_counter(), step
+            for entry in state["history"]:
+                if entry["round"] == r:
+                    log(entry)
+            round_begun, first_step = time.perf_counter(), step
 
-        def over() -> bool:
-            stopped_early = args.patience and stale >= args.patience and (tickets or rewound)
-            return bool(stopped_early) or (step >= total and not sums[1])
+            # ALGO LOGIC: training, with the learning rates and the images that belong to the epoch
+            while step < total and not (args.patience and stale >= args.patience and step > keep_from):
+                epoch, first_batch = divmod(step, per_epoch)
+                rate = args.learning_rate * args.lr_decay ** sum(epoch >= milestone for milestone in args.milestones)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                plan = images["train"].plan_epoch(args.seed, epoch)
+                forward.train()
+                loss_sum, seen = 0.0, 0
+                for batch in range(first_batch, per_epoch):
+                    if step == keep_from and r == 0 and not tickets:
+                        start = copy.deepcopy(network.state_dict())
+                    part = slice(batch * args.batch_size, (batch + 1) * args.batch_size)
+                    pictures, labels = images["train"].batch(part, *plan)
+                    loss = learn(forward, optimizer, sparse, pictures, labels, amp)
+                    loss_sum, seen = loss_sum + loss * len(labels), seen + len(labels)
+                    step, updates, now = step + 1, updates + 1, time.perf_counter()
+                    if now - last_line > (1 if sys.stdout.isatty() else 30):
+                        last_line, per_second = now, updates / (now - begun)
+                        eta = timedelta(seconds=int((total - step + to_come * (total - keep_from)) / per_second))
+                        say(f"round {r} epoch {epoch + 1}/{args.epochs} {(batch + 1) / per_epoch:.0%}  loss "
+                            f"{float(loss_sum) / seen:.4f}  {per_second * args.batch_size:,.0f} images/s  "
+                            f"ETA of the run {eta} at most", stay=False)  # fmt: skip
+                entry = {"round": r, "epoch": epoch + 1, "train_loss": float(loss_sum) / seen, "learning_rate": rate}
+                loss, accuracy = evaluate(forward, images["val"], max(args.batch_size, 256), amp).tolist()
+                entry |= {"val_loss": loss, "val_accuracy": accuracy}
+                if not math.isfinite(entry["train_loss"] + loss):
+                    fail(f"the loss is not finite in round {r}, epoch {epoch + 1}: lower --learning-rate")
+                log(entry)
+                now_state = copy.deepcopy({"network": network.state_dict(), "optimizer": optimizer.state_dict()})
+                stale += 1
+                if loss < best["val_loss"] or not args.patience:
+                    best, stale = entry | {"network": now_state["network"]}, 0
+                now_state |= {"round": r, "step": step, "best": best, "stale": stale, "start": start}
+                now_state |= {"seconds": seconds + time.perf_counter() - round_begun}
+                state = {"rows": state["rows"], "history": [*state["history"], entry], "round": now_state}
+                if time.perf_counter() - saved_at > 30:
+                    save_atomically(last_path, lambda path: torch.save(state, path))
+                    saved_at = time.perf_counter()
 
-        def save_last() -> None:
-            """All that the round needs to go on as if it had not been stopped."""
-            writer.flush()  # first: a kill right after the checkpoint must not cost the points before it
-            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "best_state": best_state}
-            state |= {"rewound": None if r else rewound, "best": best, "sums": [float(sums[0]), sums[1]]}
-            spent = seconds + time.perf_counter() - since
-            save_atomically(state | {"round": r, "step": step, "stale": stale, "seconds": spent}, last_path)
-
-        # ALGO LOGIC: training, with the learning rates and the images that belong to the epoch
-        while not over():
-            # an epoch that has been begun has sums, also one of which only the validation is missing
-            epoch, first_batch = divmod(step - bool(sums[1]), per_epoch)
-            first_batch += bool(sums[1])
-            rate = args.learning_rate * args.lr_decay ** sum(epoch >= milestone for milestone in args.milestones)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            plan = feeds["train"].plan(args.seed, epoch)
-            forward.train()
-            for batch in range(first_batch, per_epoch):
-                if signals:
-                    break
-                if step == keep_from and rewound is None and not tickets:
-                    rewound = clone(network.state_dict())
-                part = slice(batch * args.batch_size, (batch + 1) * args.batch_size)
-                images, labels = feeds["train"].batch(part, *plan)
-                loss = learn(forward, optimizer, sparse, images, labels, amp)
-                sums = [sums[0] + loss * len(labels), sums[1] + len(labels)]
-                step += 1
-                now = time.perf_counter()
-                if now - last_line > (1 if sys.stdout.isatty() else 30):
-                    last_line, mean = now, float(sums[0]) / sums[1]
-                    speed = (step - first_step) * args.batch_size / (now - since)
-                    eta = timedelta(seconds=int((total - step) * args.batch_size / speed))
-                    say(f"round {r} epoch {epoch + 1}/{args.epochs} {(batch + 1) / per_epoch:.0%}  loss {mean:.4f}  "
-                        f"{speed:,.0f} images/s  ETA of the round {eta} at most", stay=False)  # fmt: skip
-            found = None if signals else test("val")
-            if found is None:
-                break
-            mean, sums = float(sums[0]) / sums[1], [0.0, 0]
-            if not math.isfinite(mean + found[0]):
-                fail(f"the loss is {mean} in round {r}, epoch {epoch + 1}: try a lower --learning-rate than {rate:g}")
-            for name, value in (("train_loss", mean), ("val_loss", found[0]), ("val_accuracy", found[1])):
-                writer.add_scalar(f"{tag}/{name}", value, epoch + 1)
-            writer.add_scalar(f"{tag}/learning_rate", rate, epoch + 1)
-            stale += 1
-            if found[0] < best[0] or not args.patience:
-                best, best_state, stale = [*found, epoch + 1], clone(network.state_dict()), 0
-            if time.perf_counter() - saved_at > 60:
-                save_last()
-                saved_at = time.perf_counter()
-
-        # The test images, once a round, with the weights of the lowest validation loss (without --patience the last)
-        if over() and not signals:
-            network.load_state_dict(best_state)
-            found = test("test")
-        if signals:
-            save_last()
+            # The test images, once, with the weights of the lowest validation loss (without --patience the last)
+            network.load_state_dict(best["network"])
+            _, test_accuracy = evaluate(forward, images["test"], max(args.batch_size, 256), amp).tolist()
+            for name, mask in masks.items():
+                assert (weights[name][~mask.to(device)] == 0).all(), f"pruned weights of {name} are not zero"
+            spent = seconds + time.perf_counter() - round_begun
+            row = {"round": r, "sparsity": 1 - remaining / prunable_count, "remaining": remaining}
+            row |= {"prunable": prunable_count, "parameters": everything - prunable_count + remaining}
+            row |= {"val_accuracy": best["val_accuracy"], "test_accuracy": test_accuracy, "val_loss": best["val_loss"]}
+            row |= {"best_epoch": best["epoch"], "epochs": step // per_epoch, "seconds": round(spent, 1)}
+            meta = {"arch": args.arch, "dataset": data_name, "image_size": args.image_size, "built_for": built_for}
+            meta |= {"classes": classes, "mean": moments[0].tolist(), "std": moments[1].tolist(), "seed": args.seed}
+            meta |= {"pruning": args.pruning, "prune_fraction": args.prune_fraction, "rewind": args.rewind} | row
+            meta |= {"train_fraction": args.train_fraction}
+            ticket = {"mask": masks, "weights": start, "trained": best["network"], "meta": meta}
+            if not tickets or args.save_networks:
+                name = "network" if tickets else "round"
+                path = os.path.join(run_dir, f"{name}_{r:02d}.pt")
+                save_atomically(path, lambda path: torch.save(ticket, path))
+            for name in ("sparsity", "remaining", "val_accuracy", "test_accuracy", "best_epoch", "epochs"):
+                writer.add_scalar(f"rounds/{name}", row[name], r)
+            speed = (step - first_step) * args.batch_size / (time.perf_counter() - round_begun)
+            writer.add_scalar("charts/images_per_second", speed, r)
             writer.close()
-            say(f"stopped in round {r}, epoch {step // per_epoch + 1}; the same command goes on from there")
-            sys.exit(128 + signals[0])
-        state = {name: tensor.cpu() for name, tensor in best_state.items()}
-        assert all((state[name][~mask.cpu()] == 0).all() for name, mask in masks.items()), "pruned weights are not zero"
-        row = {"round": r, "sparsity": 1 - left / prunable_count, "remaining": left, "prunable": prunable_count}
-        row |= {"parameters": everything - prunable_count + left, "val_accuracy": best[1], "test_accuracy": found[1]}
-        row |= {"val_loss": best[0], "best_epoch": best[2], "epochs": step // per_epoch}
-        row |= {"seconds": round(seconds + time.perf_counter() - since, 1)}
-        meta = {"arch": args.arch, "dataset": data.name, "image_size": args.image_size, "built_for": built_for}
-        meta |= {"classes": data.classes, "mean": moments[0].tolist(), "std": moments[1].tolist(), "seed": args.seed}
-        meta |= {name: getattr(args, name) for name in ("pruning", "prune_fraction", "rewind", "train_fraction")} | row
-        content = {"mask": {name: mask.cpu() for name, mask in masks.items()}, "trained": state, "meta": meta}
-        if not tickets:
-            start = {name: tensor.cpu() for name, tensor in rewound.items()}
-            start |= {name: start[name] * mask for name, mask in content["mask"].items()}
-            save_atomically(content | {"weights": start}, ticket_path(r))
-        elif args.save_networks:
-            save_atomically(content, os.path.join(run_dir, f"network_{r:02d}.pt"))
-        rows = sorted([*rows, row], key=lambda row: row["round"])
-        for name in ("sparsity", "remaining", "val_accuracy", "test_accuracy", "best_epoch", "epochs"):
-            writer.add_scalar(f"rounds/{name}", row[name], r)
-        speed = (step - first_step) * args.batch_size / (time.perf_counter() - since)
-        writer.add_scalar("charts/images_per_second", speed, r)
-        writer.flush()
-        with open(results_path + ".tmp", "w", newline="") as file:
-            table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
-        os.replace(results_path + ".tmp", results_path)
-        if os.path.isfile(last_path):
-            os.remove(last_path)
-        least = min(remaining, key=remaining.get)
-        say(f"round {r}: {left:,} of {prunable_count:,} weights (sparsity {row['sparsity']:.4f}, least in {least}: "
-            f"{remaining[least]:,}); validation {best[1]:.4f}, test {found[1]:.4f}, after epoch {best[2]} of "
-            f"{row['epochs']}; {row['seconds']:,.0f} s, {speed:,.0f} images/s")  # fmt: skip
-    writer.close()
-    say(f"saved {results_path}" + ("" if tickets else f" and the tickets {ticket_path(0)} to {todo[-1]:02d}"))
+            rows = sorted([*state["rows"], row], key=lambda row: row["round"])
+            state = {"rows": rows, "history": state["history"], "round": None}
+            write_table(results_path, rows)
+            draw_curves(run_dir, rows, state["history"])
+            save_atomically(last_path, lambda path: torch.save(state, path))
+            say(f"round {r}: {remaining:,} of {prunable_count:,} weights (sparsity {row['sparsity']:.4f}); validation "
+                f"{row['val_accuracy']:.4f}, test {test_accuracy:.4f}, after epoch {best['epoch']} of {row['epochs']}; "
+                f"{row['seconds']:,.0f} s, {speed:,.0f} images/s")  # fmt: skip
+    except (KeyboardInterrupt, BrokenPipeError):
+        save_atomically(last_path, lambda path: torch.save(state, path))
+        sys.stdout = sys.stderr
+        say(f"stopped; the same command or --resume {run_dir} goes on after the last finished epoch")
+        sys.exit(130)
+    except OSError as error:
+        fail(f"{error}; --resume {run_dir} goes on after the last checkpoint")
+    say(f"{run_dir}: all rounds are done: results.csv, curves.png" + ("" if tickets else ", tickets round_RR.pt"))
