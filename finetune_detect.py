@@ -2,20 +2,17 @@
 # instruments in paintings of "Advances in Digital Music Iconography" (Sabatelli et al., Digital Humanities Quarterly
 # 15.1, 2021) and "Contributions to Deep Transfer Learning" (M. Sabatelli, 2022, chapter 5).
 #
-#   python finetune_detect.py --data-dir IMAGES --annotations train.json --arch fasterrcnn_resnet50_fpn_v2    COCO JSON
-#   python finetune_detect.py --data-dir IMAGES --annotations Annotations --arch retinanet_resnet50_fpn_v2    VOC XML
-#   python finetune_detect.py --data-dir IMAGES --annotations train.txt --val-annotations dev.txt --arch yolov3  MINERVA
-#   python finetune_detect.py --evaluate runs/.../finetune_detect.pt --predict IMAGES                 boxes and pictures
+#   python finetune_detect.py --data-dir DIR                          train/, valid/, test/ with _annotations.coco.json
+#   python finetune_detect.py --dataset voc2007 --download --arch retinanet_resnet50_fpn_v2
+#   python finetune_detect.py --evaluate runs/NAME --predict IMAGES   boxes as JSON and drawn
 #
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.18", "pillow>=10",
-#                 "pycocotools>=2.0.8"]
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.18", "pillow>=10.1",
+#                 "matplotlib>=3.8", "pycocotools>=2.0.8"]
 # ///
 import contextlib
 import csv
-import ctypes
-import difflib
 import io
 import json
 import math
@@ -24,139 +21,111 @@ import re
 import signal
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
-from collections import Counter
-from dataclasses import dataclass, field, fields
+import warnings
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import count
-from typing import Literal, NoReturn, Optional, Sequence
+from typing import BinaryIO, Literal, NoReturn
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from PIL import Image, ImageOps
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
-from torchvision import models, tv_tensors
+from torchvision import datasets, models, tv_tensors
 from torchvision.models import detection
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes
 
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment"""
-    seed: int = 1
-    """seed of the split, the new layers, the order of the images and their augmentation"""
-    torch_deterministic: bool = True
-    """sets `torch.backends.cudnn.deterministic`; off, cuDNN is free to pick its fastest kernels"""
-    cuda: bool = True
-    """train on CUDA when there is a GPU"""
-    amp: bool = True
-    """on CUDA, compute in bfloat16 where that is safe (autocast)"""
-    workers: int = 4
-    """processes that read images; 0 reads them in the training process"""
-    logdir: str = "runs"
-    """folder in which the run's own folder is made"""
-    track: bool = False
-    """mirror the run to Weights and Biases (needs `pip install wandb`)"""
-    wandb_project_name: str = "deep-transfer-learning"
-    """the project of the run at Weights and Biases"""
-    wandb_entity: Optional[str] = None
-    """the team of the run at Weights and Biases"""
+    # The run
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
+    seed: int = 1  # seed of the split, the new layers, the order of the images and their augmentation
+    cuda: bool = True  # train on CUDA when there is a GPU
+    amp: bool = True  # on CUDA, train the backbone in bfloat16; anchors, boxes and heads stay float32
+    workers: int | None = None  # processes that read images, 0 for none (None: all cores on CUDA, else up to 4)
+    logdir: str = "runs"  # folder in which the run's own folder is made
+    resume: str | None = None  # run (folder or checkpoint) to continue, with its flags unless given anew
+    track: bool = False  # mirror the run to Weights and Biases (needs `pip install wandb`)
+    wandb_project_name: str = "deep-transfer-learning"  # the project of the run at Weights and Biases
+    wandb_entity: str | None = None  # the team of the run at Weights and Biases
 
     # Data
-    data_dir: Optional[str] = None
-    """folder of the images"""
-    annotations: Optional[str] = None
-    """COCO JSON, folder of VOC XML, list of VOC's ImageSets, MINERVA's CSV, or lines `image x1,y1,x2,y2,class`"""
-    val_annotations: Optional[str] = None
-    """the same for validation (None: 50/25/25 of --annotations are for training, validation and test)"""
-    test_annotations: Optional[str] = None
-    """the same for the test at the end (None, but with --val-annotations: there is no test)"""
-    image_column: str = "image_filename"
-    """column of a CSV with the file names"""
-    box_column: str = "bounding_box_coordinates"
-    """column of a CSV with the boxes, `xmin,ymin,xmax,ymax` in pixels"""
-    label_column: str = "instrument_name"
-    """column of a CSV with the classes; a code in brackets after the name, `Harp (3285)`, is cut off"""
-    classes: list[str] = field(default_factory=list)
-    """the classes to learn (none given: all); images that are left without a box are dropped"""
-    top_classes: int = 0
-    """learn this many classes, the most frequent ones in training (0: all), as MINERVA's top-5 and top-10"""
-    single_class: bool = False
-    """all boxes are of one class, as in MINERVA's first version"""
-    skip_bad: bool = False
-    """leave out records with an error, and count them, instead of listing them and ending"""
-    check_data: bool = False
-    """list the records with an error, and end"""
-    augmentation: Literal["none", "flip", "ssd"] = "flip"
-    """in training: nothing, mirror images, or colours, zoom, crops and mirror images as for SSD"""
+    data_dir: str | None = None  # folder of the images; of train/, valid/ and test/ with _annotations.coco.json
+    dataset: Literal["voc2007"] | None = None  # Pascal VOC 2007 in --data-dir (None: `data`)
+    download: bool = False  # download --dataset if it is not there
+    annotations: str | None = None  # COCO JSON, folder of VOC XML, or MINERVA's CSV, for training
+    val_annotations: str | None = None  # the same for validation (None: --annotations is split 50/25/25)
+    test_annotations: str | None = None  # the same for the test at the end (None, but with validation: no test)
+    split_file: str | None = None  # split.csv of an earlier run to use again
+    image_column: str = "image_filename"  # column of a CSV with the file names
+    box_column: str = "bounding_box_coordinates"  # column of a CSV with the boxes, `xmin,ymin,xmax,ymax` in pixels
+    label_column: str = "instrument_name"  # column of a CSV with the classes; a code in brackets after them is cut off
+    classes: list[str] = field(default_factory=list)  # the classes to learn (none: all); images with others only go
+    top_classes: int = 0  # learn so many classes, the most frequent ones in training (0: all), as MINERVA's top-5
+    single_class: bool = False  # all boxes are of one class, as in MINERVA's first version
+    skip_bad: bool = False  # leave out records with an error, and count them, instead of ending
+    check_data: bool = False  # list the records with an error, and end
+    augmentation: Literal["none", "flip", "ssd"] = "flip"  # mirror images; `ssd`: and colours, zoom and crops
 
     # The detector
-    arch: str = "fasterrcnn_resnet50_fpn_v2"
-    """a detector of torchvision; fasterrcnn, fastrcnn, retinanet, fcos or ssd on --backbone; yolov3"""
-    backbone: Optional[str] = None
-    """classifier of torchvision under those five (None: resnet50) or under yolov3 (None: its own, darknet53)"""
-    strategy: Literal["fine-tune", "off-the-shelf", "scratch"] = "fine-tune"
-    """train everything; train only the layers that no weights were loaded into; train from random weights"""
-    weights: Optional[str] = None
-    """torchvision's name, a file (state dict or Darknet's) or `none` (None: COCO's, or ImageNet's of --backbone)"""
-    pretrained: Optional[str] = None
-    """checkpoint of this script, or of finetune_classify.py for the backbone, to start from instead of --weights"""
-    trainable_backbone_layers: Optional[int] = None
-    """fine-tune: train only this many of the 5 stages of the backbone, the last ones (None: all)"""
-    image_size: Optional[int] = None
-    """shorter side of the images for the detector, or side of its square input (None: the detector's own)"""
-    proposals: Optional[str] = None
-    """fastrcnn: JSON {image: [[x1, y1, x2, y2], ...]}, or `selective-search` (pip install opencv-contrib-python)"""
-    kmeans_anchors: bool = False
-    """yolov3: anchors from the boxes in training instead of COCO's"""
+    arch: str = "fasterrcnn_resnet50_fpn_v2"  # torchvision's, or yolov3, or one of FAMILIES on a --backbone
+    backbone: str | None = None  # classifier of torchvision (None: resnet50; under yolov3 its own, darknet53)
+    strategy: Literal["fine-tune", "off-the-shelf", "scratch"] = "fine-tune"  # train all; only new layers; from random
+    unfreeze_from: str | None = None  # fine-tune from this module on, such as `layer3`; all before it stays frozen
+    weights: str | None = None  # torchvision's name, a file (Darknet's too), `none` (None: COCO's or ImageNet's)
+    pretrained: str | None = None  # run of this script, or of finetune_classify.py for the backbone, to start from
+    image_size: int | None = None  # shorter side in pixels, or side of a square input (None: the detector's own)
+    proposals: str | None = None  # fastrcnn: JSON {image: [[x1, y1, x2, y2], ...]} of boxes in pixels
 
     # Training
-    epochs: int = 26
-    """passes over the training images"""
-    batch_size: int = 4
-    """images per update"""
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """SGD with momentum 0.9, or Adam"""
-    learning_rate: Optional[float] = None
-    """(None: for SGD what torchvision, for yolov3 Darknet has, per image of a batch; 0.0001 for Adam)"""
-    weight_decay: float = 1e-4
-    """of weights with two dimensions and more; never of biases and normalisation"""
-    warmup_iterations: int = 500
-    """updates over which the learning rate rises to its value, at most the first epoch"""
-    lr_drops: list[float] = field(default_factory=lambda: [0.67, 0.92])
-    """shares of --epochs after which the learning rate falls to a tenth"""
-    patience: int = 0
-    """end training after this many epochs without a better validation AP at IoU 0.5 (0: never)"""
-    resume: Optional[str] = None
-    """checkpoint ..._last.pt of a run to continue, in its folder and with its flags unless given anew"""
+    epochs: int = 26  # passes over the training images
+    batch_size: int = 4  # images per update
+    optimizer: Literal["sgd", "adam"] = "sgd"  # SGD with momentum 0.9, or Adam
+    learning_rate: float | None = None  # (None: SGD's by torchvision and Darknet, times the batch; Adam's 0.0001)
+    weight_decay: float = 1e-4  # of weights with two dimensions and more; never of biases and normalisation
+    warmup_iterations: int = 500  # updates over which the learning rate rises to its value, at most the first epoch
+    lr_drops: list[float] = field(default_factory=lambda: [0.67, 0.92])  # shares of --epochs: then a tenth of the rate
+    patience: int = 0  # end after this many epochs without a better validation AP at IoU 0.5 (0: never)
 
     # After training
-    evaluate: Optional[str] = None
-    """checkpoint to test on --annotations instead of training"""
-    predict: Optional[str] = None
-    """with --evaluate: folder of images whose boxes are written beside the checkpoint, as JSON and drawn"""
-    predict_threshold: float = 0.3
-    """lowest score of the boxes that are drawn"""
+    evaluate: str | None = None  # run (folder or checkpoint) to test, on its test images or on other --annotations
+    predict: str | None = None  # with --evaluate: folder of images whose boxes go beside the checkpoint
+    predict_threshold: float = 0.3  # lowest score of the boxes that are drawn
 
 
 FAMILIES = ("fasterrcnn", "fastrcnn", "retinanet", "fcos", "ssd")  # that stand on any --backbone
 TORCHVISION = [name for name in models.list_models(module=detection) if "mask" not in name and "keypoint" not in name]
-# learning rates of SGD: 0.02, 0.01 and 0.01 for batches of 16, 0.002 for 32, 0.001 for 64
+# Learning rates of SGD for an image: 0.02, 0.01 and 0.01 for batches of 16, 0.002 for 32, 0.001 for 64
 PER_IMAGE = {"fast": 0.00125, "retinanet": 0.000625, "fcos": 0.000625, "ssd": 0.0000625, "yolov3": 0.000015625}
+# All detectors are compared at one cut-off; their own reach from 0.001 (SSDlite) to 0.2 (FCOS), 100 to 300 boxes
+LOWEST_SCORE, MOST_BOXES = 0.05, 100
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
 SPLITS = ("train", "val", "test")
-Image.MAX_IMAGE_PIXELS = 2**30  # scans of museums exceed Pillow's limit against bombs
+# Smallest and largest value of numeric flags; all others are at least 1
+BOUNDS = {
+    "seed": (0, 2**31 - 1), "workers": (0, 1_000), "top_classes": (0, 10**9), "learning_rate": (0, 1e9),
+    "weight_decay": (0, 1e9), "warmup_iterations": (0, 10**9), "patience": (0, 10**9), "predict_threshold": (0, 1),
+}  # fmt: skip
+# What a resumed run may change, and what besides it another test of a run
+CHANGEABLE = "cuda amp workers logdir resume evaluate predict predict_threshold track wandb_project_name wandb_entity "
+CHANGEABLE += "data_dir download skip_bad check_data proposals epochs learning_rate lr_drops patience split_file"
+TESTABLE = "dataset annotations val_annotations test_annotations image_column box_column label_column batch_size seed"
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # an error from 179,000,000 pixels on
 
 
 def fail(message: str) -> NoReturn:
@@ -165,7 +134,7 @@ def fail(message: str) -> NoReturn:
 
 def say(line: str, stay: bool = True) -> None:
     """Print over the progress line; on a terminal a line that does not `stay` is a progress line itself."""
-    tty = sys.stdout.isatty()
+    line, tty = line.encode("utf-8", "backslashreplace").decode(), sys.stdout.isatty()  # file names may be any bytes
     print(f"\r{line}\033[K" if tty else line, end="\n" if stay or not tty else "", flush=True)
 
 
@@ -174,21 +143,37 @@ def some(names, n: int = 5) -> str:
     return ", ".join(map(str, names[:n])) + (f" and {len(names) - n:,} more" if len(names) > n else "")
 
 
-# Data ----------------------------------------------------------------------------------------------------------------
+def write_file(path: str, write: Callable[[BinaryIO], None]) -> None:
+    """Have `write` fill a file of a temporary name, which then replaces `path`; half a file is never left."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch has its own error for a full disk
+        fail(f"{path} cannot be written: {str(error).splitlines()[0]}")
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def write_rows(path: str, rows: list[list]) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    write_file(path, lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")))
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
 @dataclass
 class Picture:
-    """An annotated image."""
+    """An annotated image; boxes are xmin, ymin, xmax, ymax in continuous pixels: the first pixel is 0, 0, 1, 1."""
 
-    path: str
-    """relative to --data-dir"""
+    path: str  # relative to --data-dir
     boxes: list[list[float]] = field(default_factory=list)
-    """xmin, ymin, xmax, ymax in pixels, continuous: a box over the first pixel is 0, 0, 1, 1"""
-    labels: list[str] = field(default_factory=list)
-    """class of every box, empty where it is not known"""
-    crowd: list[bool] = field(default_factory=list)
-    """boxes that evaluation neither expects nor counts as wrong (COCO's crowds, VOC's difficult objects)"""
-    size: tuple[int, int] = (0, 0)
-    """width and height as annotated, later as read; 0 where unknown"""
+    labels: list[str] = field(default_factory=list)  # class of every box, empty where it is not known
+    crowd: list[bool] = field(default_factory=list)  # evaluation neither expects these boxes nor counts them as wrong
+    size: tuple[int, int] = (0, 0)  # width and height as annotated, later as read; 0 where unknown
     split: str = ""
 
     def add(self, box: list[float], label: str, crowd: bool = False) -> None:
@@ -196,17 +181,24 @@ class Picture:
         self.labels.append(label)
         self.crowd.append(crowd)
 
+    def only(self, keep: Callable[[str, bool], bool]) -> "Picture":
+        """The same with those boxes only for which `keep(label, crowd)` holds."""
+        picture = Picture(self.path, size=self.size, split=self.split)
+        for box, label, crowd in zip(self.boxes, self.labels, self.crowd):
+            if keep(label, crowd):
+                picture.add(box, label, crowd)
+        return picture
+
 
 def read_coco(path: str) -> list[Picture]:
     """Boxes are x, y, width, height; ids of classes may have gaps and are mapped by name."""
     with open(path, encoding="utf-8") as file:
         data = json.load(file)
-    names = {category["id"]: category["name"] for category in data["categories"]}
-    pictures = {entry["id"]: Picture(entry["file_name"], size=(entry.get("width", 0), entry.get("height", 0)))
-                for entry in data["images"]}  # fmt: skip
+    names, pictures = {category["id"]: category["name"] for category in data["categories"]}, {}
+    for entry in data["images"]:
+        name = entry["file_name"] or f"image {entry['id']} without a file name"
+        pictures[entry["id"]] = Picture(name, size=(entry.get("width", 0), entry.get("height", 0)))
     for entry in data["annotations"]:
-        if entry["image_id"] not in pictures:
-            fail(f"{path}: annotation {entry.get('id')} is of image {entry['image_id']}, which is not among its images")
         x, y, w, h = entry["bbox"]
         label = names.get(entry["category_id"], "")
         pictures[entry["image_id"]].add([x, y, x + w, y + h], label, bool(entry.get("iscrowd")))
@@ -219,12 +211,11 @@ def read_voc(paths: list[str]) -> list[Picture]:
     for path in paths:
         root = ElementTree.parse(path).getroot()
         size = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
-        picture = Picture(root.findtext("filename") or os.path.basename(path)[: -len(".xml")], size=size)
+        pictures.append(Picture(root.findtext("filename") or os.path.basename(path).removesuffix(".xml"), size=size))
         for entry in root.iter("object"):
             x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
             difficult = (entry.findtext("difficult") or "0").strip() == "1"
-            picture.add([x1 - 1, y1 - 1, x2, y2], (entry.findtext("name") or "").strip(), difficult)
-        pictures.append(picture)
+            pictures[-1].add([x1 - 1, y1 - 1, x2, y2], (entry.findtext("name") or "").strip(), difficult)
     return pictures
 
 
@@ -232,64 +223,42 @@ def read_table(path: str, args: Args) -> list[Picture]:
     """CSV with a row per box, as in MINERVA."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
-    columns = list(rows[0]) if rows else []
     for flag in ("image_column", "box_column", "label_column"):
-        if getattr(args, flag) not in columns:
-            name = f"--{flag.replace('_', '-')} {getattr(args, flag)}"
-            fail(f"{name}: {path} has the columns {', '.join(map(repr, columns))}")
+        if rows and getattr(args, flag) not in rows[0]:
+            fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {path} has the columns {', '.join(rows[0])}")
     pictures: dict[str, Picture] = {}
     for row in rows:
         label = re.sub(r"\s*\([^()]*\)\s*$", "", row[args.label_column] or "").strip()
         numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", row[args.box_column] or "")]
-        name = os.path.basename(row[args.image_column])
-        picture = pictures.setdefault(name, Picture(name))
-        picture.add(numbers if len(numbers) == 4 else [math.nan] * 4, label)
-    return list(pictures.values())
-
-
-def read_lines(path: str) -> list[Picture]:
-    """Lines `image x1,y1,x2,y2,class ...` of keras-yolo3, whose images lie anywhere."""
-    pictures: dict[str, Picture] = {}
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            found = re.match(r"(.+?)((?:\s+-?[\d.]+,-?[\d.]+,-?[\d.]+,-?[\d.]+,\S+)*)\s*$", line)
-            if found and found[1].strip():
-                name = os.path.basename(found[1])
-                picture = pictures.setdefault(name, Picture(name))
-                for box in found[2].split():
-                    *numbers, label = box.split(",", 4)
-                    picture.add(numbers, label)
+        name = os.path.basename(row[args.image_column] or "row without a file name")
+        pictures.setdefault(name, Picture(name)).add(numbers if len(numbers) == 4 else [math.nan] * 4, label)
     return list(pictures.values())
 
 
 def read_annotations(path: str, args: Args) -> list[Picture]:
-    """Whatever format `path` is in."""
+    """Whatever format `path` is in: a folder of XML, COCO's JSON, or a table."""
     try:
         if os.path.isdir(path):
-            names = sorted(name for name in os.listdir(path) if name.endswith(".xml"))
-            pictures = read_voc([os.path.join(path, name) for name in names])
-        elif path.endswith(".json"):
-            pictures = read_coco(path)
+            pictures = read_voc(
+                [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.endswith(".xml")]
+            )
         else:
-            with open(path, encoding="utf-8-sig") as file:
-                lines = [line for line in file.read().splitlines() if line.strip()]
-            if any(re.search(r"\s-?[\d.]+,-?[\d.]+,-?[\d.]+,-?[\d.]+,\S+$", line) for line in lines[:3]):
-                pictures = read_lines(path)
-            elif "," in lines[0]:
-                pictures = read_table(path, args)
-            else:  # VOC's ImageSets/Main/train.txt: names of the files in Annotations/
-                base = os.path.join(os.path.dirname(os.path.abspath(path)), "..", "..", "Annotations")
-                pictures = read_voc([os.path.join(base, f"{line.split()[0]}.xml") for line in lines])
-    except (OSError, ValueError, KeyError, IndexError, TypeError, ElementTree.ParseError) as error:
+            pictures = read_coco(path) if path.endswith(".json") else read_table(path, args)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ElementTree.ParseError) as error:
         fail(f"{path}: no annotations in a known format ({type(error).__name__}: {error})")
-    if not pictures:
-        fail(f"{path}: there are no annotations in it")
-    return pictures
+    return pictures or fail(f"{path}: there are no annotations in it")
+
+
+def check_shape(image: Image.Image) -> None:
+    """Pillow bounds the number of pixels, but resizing the shorter side of a strip would blow it up all the same."""
+    if max(image.size) > 100 * min(image.size):
+        raise ValueError(f"a strip of {image.width:,} x {image.height:,} pixels")
 
 
 def open_image(path: str) -> Image.Image:
     """The image upright in RGB; raises OSError or ValueError."""
     with Image.open(path) as image:
+        check_shape(image)
         image.load()
         if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more, which convert() would cut off at 255
             values = np.asarray(image, dtype=np.float64)
@@ -302,96 +271,141 @@ def open_image(path: str) -> Image.Image:
 
 
 def find_images(folder: str) -> list[str]:
-    """Paths of all images below `folder`, relative to it, sorted."""
-    found = [os.path.relpath(os.path.join(root, name), folder)
-             for root, _, names in os.walk(folder, followlinks=True) for name in names]  # fmt: skip
+    """Paths of all images below `folder`, relative to it, sorted; a folder that several links lead to counts once."""
+
+    def on_error(error: OSError) -> NoReturn:
+        fail(f"{error.filename} cannot be read: {error.strerror}")
+
+    found, visited = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=on_error):
+        folders[:] = [] if os.path.realpath(root) in visited else sorted(folders)
+        if os.path.realpath(root) not in visited:
+            found += [os.path.relpath(os.path.join(root, name), folder) for name in names]
+        visited.add(os.path.realpath(root))
     return sorted(path for path in found if os.path.splitext(path)[1].lower() in IMAGES)
 
 
-def check(pictures: list[Picture], folder: str) -> tuple[list[Picture], list[str]]:
-    """The pictures without what is wrong with them, and a line for each such thing. Completes paths and sizes."""
-    present = find_images(folder)
-    by_name = {os.path.basename(path): path for path in present} | {path: path for path in present}
-    by_name = {os.path.splitext(name)[0]: path for name, path in by_name.items()} | by_name
-    good, wrong = [], []
+def check(pictures: list[Picture], folder: str, beside: str, seen: dict) -> tuple[list[Picture], list[str]]:
+    """The pictures without what is wrong with them, and a line for each such thing. Completes paths and sizes.
+
+    Images are looked for in the folder `beside` the annotations, then by name in all of `folder`, with or without
+    extension. `seen` has the splits of the images that have been annotated already.
+    """
+    present, good, wrong, by_name = set(find_images(folder)), [], [], defaultdict(set)
+    for path in present:
+        for name in (path, os.path.basename(path)):
+            by_name[name].add(path)
+            by_name[os.path.splitext(name)[0]].add(path)
     for picture in pictures:
-        path = by_name.get(picture.path) or by_name.get(os.path.basename(picture.path))
-        if path is None:
-            wrong.append(f"{picture.path}: there is no such image in {folder}")
-            continue
+        names = os.path.normpath(os.path.join(beside, picture.path)), picture.path, os.path.basename(picture.path)
+        named = next(({name} & present or by_name[name] for name in names if name in by_name), set())
+        path = min(named, default=picture.path)
+        kept = Picture(path, size=picture.size, split=picture.split)
         try:
+            if len(named) != 1:
+                raise ValueError(f"there are {len(named)} such images in {folder}")
             with Image.open(os.path.join(folder, path)) as image:  # the header only
-                turned = image.getexif().get(0x0112, 1) >= 5
-                size = image.size[::-1] if turned else image.size
-        except Exception as error:  # Pillow's plugins raise whatever their formats make them
-            wrong.append(f"{path}: cannot be read, {type(error).__name__}: {error}")
+                check_shape(image)
+                kept.size = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
+            if all(picture.size) and tuple(picture.size) != kept.size:
+                annotated, real = (" x ".join(map(str, sides)) for sides in (picture.size, kept.size))
+                raise ValueError(f"annotated as {annotated} pixels, but upright it has {real}")
+            if path in seen:
+                raise ValueError(f"annotated twice, for {seen[path] or 'a split'} and {picture.split or 'a split'}")
+        except Exception as error:  # noqa: BLE001 (Pillow's plugins raise whatever their formats make them)
+            wrong.append(f"{path}: {error}")
             continue
-        if all(picture.size) and tuple(picture.size) != size:
-            why = ", its boxes are of the image before EXIF's rotation" if tuple(picture.size) == size[::-1] else ""
-            annotated, real = (" x ".join(map(str, sides)) for sides in (picture.size, size))
-            wrong.append(f"{path}: annotated as {annotated} pixels, but it has {real}{why}")
-            continue
-        kept = Picture(path, size=size, split=picture.split)
+        seen[path] = picture.split
         for box, label, crowd in zip(picture.boxes, picture.labels, picture.crowd):
             x1, y1, x2, y2 = box
+            clipped = [max(x1, 0), max(y1, 0), min(x2, kept.size[0]), min(y2, kept.size[1])]
             if not all(map(math.isfinite, box)):
                 reason = "its box is not four numbers"
             elif x2 - x1 <= 1 or y2 - y1 <= 1:  # also VOC's boxes that end where they begin
                 reason = "no wider or no higher than a pixel"
-            elif min(x1, y1) < -1 or x2 > size[0] + 1 or y2 > size[1] + 1:  # up to a pixel is a matter of counting
-                reason = f"outside of the image of {size[0]} x {size[1]} pixels"
+            elif max(abs(one - other) for one, other in zip(box, clipped)) > 1:  # a pixel is a matter of counting
+                reason = f"outside of the image of {kept.size[0]} x {kept.size[1]} pixels"
             elif not label:
                 reason = "its class is missing or unknown"
+            elif (clipped, label) in zip(kept.boxes, kept.labels):
+                reason = "it stands there twice"
             else:
-                kept.add([max(x1, 0), max(y1, 0), min(x2, size[0]), min(y2, size[1])], label, crowd)
+                kept.add(clipped, label, crowd)
                 continue
             wrong.append(f"{path}: box {', '.join(f'{value:g}' for value in box)} {label or '(no class)'}: {reason}")
         good.append(kept)
     return good, wrong
 
 
-def choose_classes(args: Args, pictures: list[Picture]) -> tuple[list[Picture], list[str]]:
-    """The classes to learn, sorted, from --classes, --top-classes and --single-class; and the images that have them."""
-    if args.single_class:
+def read_all(args: Args) -> tuple[str, dict[str, tuple[str, list[Picture]]]]:
+    """The folder of the images, and by split the folder beside the annotations and the pictures, not yet checked."""
+    root = args.data_dir or ("data" if args.dataset else "")
+    if args.dataset:
+        voc, splits = os.path.join(root, "VOCdevkit", "VOC2007"), {}
+        for split in SPLITS:
+            try:
+                missing = not os.path.isfile(os.path.join(voc, "ImageSets", "Main", f"{split}.txt"))
+                data = datasets.VOCDetection(root, "2007", split, download=args.download and missing)
+                splits[split] = "", read_voc(data.annotations)
+            except (OSError, RuntimeError, ElementTree.ParseError) as error:
+                fail(f"--dataset {args.dataset}: {error} ({root}{' is what --download fills' * (not args.download)})")
+        return os.path.join(voc, "JPEGImages"), splits
+    if not os.path.isdir(root):
+        fail(
+            f"--data-dir {root}: there is no such folder" if root else "--data-dir: the folder of the images is needed"
+        )
+    files = dict(zip(SPLITS, (args.annotations, args.val_annotations, args.test_annotations)))
+    if not args.annotations:
+        for name, split in (("train", "train"), ("val", "val"), ("valid", "val"), ("test", "test")):
+            path = os.path.join(root, name, "_annotations.coco.json")
+            files[split] = path if os.path.isfile(path) else files[split]
+    if not files["train"] or (files["test"] and not files["val"]):
+        fail("--annotations: a file or folder with the boxes is needed, or train/_annotations.coco.json in --data-dir; "
+             "and annotations for the test need others for validation")  # fmt: skip
+    beside = {
+        split: os.path.relpath(os.path.dirname(os.path.abspath(path)), root) for split, path in files.items() if path
+    }
+    return root, {split: (beside[split], read_annotations(files[split], args)) for split in beside}
+
+
+def load_pictures(args: Args) -> tuple[str, list[Picture]]:
+    """The folder of the images, and all images, checked and with their splits."""
+    folder, splits = read_all(args)
+    pictures, wrong, seen, saved = [], [], {}, {}
+    for split, (beside, found) in splits.items():
+        for picture in found:
+            picture.split = split if len(splits) > 1 else ""
+        good, lines = check(found, folder, beside, seen)
+        pictures, wrong = pictures + good, wrong + lines
+    for line in wrong:
+        say(line)
+    say(f"{len(pictures):,} images with {sum(len(p.boxes) for p in pictures):,} boxes; {len(wrong):,} errors")
+    if args.check_data:
+        sys.exit(1 if wrong else 0)
+    if wrong and not (args.skip_bad or args.dataset):
+        fail(f"{len(wrong):,} errors in the annotations, listed above: correct them, or leave them out with --skip-bad")
+    if args.split_file:
+        try:
+            with open(args.split_file, newline="", encoding="utf-8", errors="surrogateescape") as file:
+                saved = {row["path"]: row["split"] for row in csv.DictReader(file)}
+        except (OSError, KeyError, csv.Error) as error:
+            fail(f"--split-file {args.split_file}: {error}")
+        unknown = [picture.path for picture in pictures if picture.path not in saved]
+        if unknown:
+            say(f"{len(unknown):,} images are not in --split-file and are left out: {some(unknown)}")
         for picture in pictures:
-            picture.labels = ["object"] * len(picture.labels)
-    counted = Counter(label for picture in pictures if picture.split == "train" for label in picture.labels)
-    if not counted:
-        fail(f"--annotations {args.annotations}: there are no boxes in the training images")
-    classes = set(args.classes or counted)
-    if args.top_classes:
-        classes = {name for name, _ in counted.most_common() if name in classes}
-        classes = set(sorted(classes, key=lambda name: (-counted[name], name))[: args.top_classes])
-    absent = classes - set(counted)
-    if absent:
-        near = difflib.get_close_matches(min(absent), counted, 3)
-        fail(f"--classes {min(absent)}: no training image has it{', did you mean ' * bool(near)}{' or '.join(near)}")
-    return keep_classes(pictures, classes), sorted(classes)
-
-
-def keep_classes(pictures: list[Picture], classes) -> list[Picture]:
-    """Without the boxes of other classes, and without images that have no other boxes; negatives stay."""
-    kept, lost = [], Counter()
-    for picture in pictures:
-        reduced = Picture(picture.path, size=picture.size, split=picture.split)
-        for box, label, crowd in zip(picture.boxes, picture.labels, picture.crowd):
-            if label in classes:
-                reduced.add(box, label, crowd)
-            else:
-                lost[label] += 1
-        if reduced.boxes or not picture.boxes:
-            kept.append(reduced)
-    if lost:
-        say(f"{sum(lost.values()):,} boxes of {len(lost):,} other classes are left out: {some(lost)}")
-    return kept
+            picture.split = saved.get(picture.path, "")
+    elif not any(picture.split for picture in pictures):
+        split_pictures(pictures, args.seed)
+    return folder, [picture for picture in pictures if picture.split]
 
 
 def split_pictures(pictures: list[Picture], seed: int) -> None:
     """50/25/25 by image, as MINERVA; in each group of images whose rarest class is the same."""
     counted = Counter(label for picture in pictures for label in picture.labels)
-    groups: dict[str, list[Picture]] = {}
+    groups = defaultdict(list)
     for picture in pictures:
-        groups.setdefault(min(picture.labels, key=lambda name: (counted[name], name), default=""), []).append(picture)
+        groups[min(picture.labels, key=lambda name: (counted[name], name), default="")].append(picture)
     rng, dealt = np.random.default_rng(seed), 0
     for name in sorted(groups):
         for i in rng.permutation(len(groups[name])):
@@ -399,66 +413,59 @@ def split_pictures(pictures: list[Picture], seed: int) -> None:
             dealt += 1
 
 
-def load_pictures(args: Args) -> list[Picture]:
-    """All images of all splits, checked."""
-    if not args.data_dir or not os.path.isdir(args.data_dir):
-        fail(f"--data-dir {args.data_dir}: there is no such folder")
-    if not args.annotations:
-        fail("--annotations: a file or folder with the boxes is needed")
-    pictures, wrong = [], []
-    for split, path in zip(SPLITS, (args.annotations, args.val_annotations, args.test_annotations)):
-        if path:
-            found, more = check(read_annotations(path, args), args.data_dir)
-            wrong += more
-            for picture in found:
-                picture.split = split
-            pictures += found
-    if args.test_annotations and not args.val_annotations:
-        fail("--test-annotations needs --val-annotations")
-    for line in wrong if args.check_data else wrong[:100]:
-        say(line)
-    if args.check_data:
-        boxes = sum(len(picture.boxes) for picture in pictures)
-        print(f"{len(pictures):,} images with {boxes:,} boxes; {len(wrong):,} errors")
-        sys.exit(1 if wrong else 0)
-    if wrong and not args.skip_bad:
-        listed = "listed above" if len(wrong) <= 100 else "the first 100 listed above, all with --check-data"
-        fail(f"{len(wrong):,} errors in the annotations, {listed}: correct them, or leave them out with --skip-bad")
-    if wrong:
-        say(f"{len(wrong):,} records are left out")
-    if not args.val_annotations and not args.evaluate:
-        split_pictures(pictures, args.seed)
-    return pictures
+def choose_classes(args: Args, pictures: list[Picture]) -> list[str]:
+    """The classes to learn, sorted, from --classes and --top-classes."""
+    counted = Counter(label for picture in pictures if picture.split == "train" for label in picture.labels)
+    unknown = [name for name in args.classes if name not in counted]
+    if unknown or not counted:
+        fail(f"--classes {some(unknown)}: in the training images there are {some(counted, 20) or 'no boxes'}")
+    ordered = sorted(args.classes or counted, key=lambda name: (-counted[name], name))
+    return sorted(set(ordered[: args.top_classes or None]))
+
+
+def keep_classes(pictures: list[Picture], classes: list[str]) -> list[Picture]:
+    """Without the boxes of other classes, and without images that have no other boxes; negatives stay."""
+    lost = Counter(label for picture in pictures for label in picture.labels if label not in classes)
+    if lost:
+        say(f"{sum(lost.values()):,} boxes of {len(lost):,} other classes are left out: {some(lost)}")
+    reduced = [(picture, picture.only(lambda label, crowd: label in classes)) for picture in pictures]
+    return [kept for picture, kept in reduced if kept.boxes or not picture.boxes]
 
 
 class Pictures(Dataset):
     """Item (epoch, i) is image i as uint8 `(3, H, W)`, its target and i; None and the reason where it cannot be read.
 
     A target has `boxes` float `(n, 4)` in pixels, `labels` int64 `(n,)` from 1 on, and with proposals also these.
+    Epoch -1 is evaluation, without augmentation.
     """
 
-    def __init__(self, folder: str, pictures: list[Picture], classes: list[str], proposals: Optional[dict], args: Args):
+    def __init__(self, folder: str, pictures: list[Picture], classes: list[str], proposals: dict | None, args: Args):
         self.folder, self.pictures, self.classes, self.proposals = folder, pictures, classes, proposals
-        self.seed, self.augmentation = args.seed, args.augmentation
-        flip = v2.RandomHorizontalFlip(0.5)
-        ssd = [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=127), v2.RandomIoUCrop(), flip]
-        self.augment = v2.Compose([*(ssd if args.augmentation == "ssd" else [flip]), v2.SanitizeBoundingBoxes()])
+        self.seed, self.augmentation, self.unreadable = args.seed, args.augmentation, set()
+        ssd = [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=127), v2.RandomIoUCrop()]
+        before = ssd if args.augmentation == "ssd" else []
+        self.augment = v2.Compose([*before, v2.RandomHorizontalFlip(0.5), v2.SanitizeBoundingBoxes()])
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    def report(self, bad: list[tuple[int, str]]) -> None:
+        """Name the images that cannot be read: they are left out, not replaced."""
+        for i, reason in bad:
+            if i not in self.unreadable:
+                say(f"left out: {self.pictures[i].path} cannot be read, {reason}")
+            self.unreadable.add(i)
 
     def __getitem__(self, item: tuple[int, int]):
         epoch, i = item
         picture = self.pictures[i]
         try:
             image = tv_tensors.Image(v2.functional.pil_to_tensor(open_image(os.path.join(self.folder, picture.path))))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             return None, None, (i, f"{type(error).__name__}: {error}")
-        # crowds are regions, not objects: nothing to learn from
-        boxes = [box for box, crowd in zip(picture.boxes, picture.crowd) if not crowd]
-        names = [name for name, crowd in zip(picture.labels, picture.crowd) if not crowd]
-        labels = torch.tensor([1 + self.classes.index(name) for name in names], dtype=torch.int64)
-        boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        learned = picture.only(lambda label, crowd: not crowd)  # crowds are regions, not objects
+        boxes = torch.tensor(learned.boxes, dtype=torch.float32).reshape(-1, 4)
+        labels = torch.tensor([1 + self.classes.index(name) for name in learned.labels], dtype=torch.int64)
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[1:])
         target = {"boxes": boxes, "labels": labels}
         if self.proposals is not None:
@@ -483,33 +490,28 @@ def collate(items: list) -> tuple[list, list, list[int], list[tuple[int, str]]]:
     return [image for image, _, _ in good], [target for _, target, _ in good], [i for _, _, i in good], bad
 
 
-class Order(torch.utils.data.Sampler):
-    """Batches of (epoch, i) in an order that seed and epoch determine, from batch `start` on; epoch -1 is in order."""
-
-    def __init__(self, indices: list[int], batch_size: int, seed: int):
-        self.indices, self.batch_size, self.seed = indices, batch_size, seed
-        self.epoch, self.start = -1, 0
-
-    def batches(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
-
-    def __len__(self) -> int:
-        return self.batches() - self.start
-
-    def __iter__(self):
-        order = self.indices
-        if self.epoch >= 0:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = [self.indices[i] for i in torch.randperm(len(order), generator=generator).tolist()]
-        for i in range(self.start, self.batches()):
-            yield [(self.epoch, j) for j in order[i * self.batch_size : (i + 1) * self.batch_size]]
+def make_batches(indices: list[int], args: Args, epoch: int = -1) -> list[list[tuple[int, int]]]:
+    """Items of `Pictures` in batches, in an order that seed and epoch determine; epoch -1 is in order."""
+    if epoch >= 0:
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+        indices = [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
+    items = [(epoch, i) for i in indices]
+    return [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
 
 
-def make_loader(args: Args, pictures: Pictures, order: Order, device: torch.device) -> DataLoader:
-    workers = min(args.workers, max(len(order), 1))
+def ignore_signals(_: int) -> None:
+    """In a worker: Ctrl-C and a scheduler's signals reach the whole process group, but the parent is to end it."""
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def make_loader(args: Args, data: Pictures, batches: list, device: torch.device, stay: bool = False) -> DataLoader:
+    """Reads `batches` on every pass, whatever the list holds then; workers `stay` from pass to pass."""
+    workers = min(args.workers, max(len(batches), 1))
     return DataLoader(
-        pictures, batch_sampler=order, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0 and order.epoch >= 0, prefetch_factor=4 if workers else None,
+        data, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda",
+        persistent_workers=stay and workers > 0, prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # else every pass would draw from the generator that the network draws from
     )  # fmt: skip
 
 
@@ -518,34 +520,25 @@ def to_device(images: list, targets: list, device: torch.device) -> tuple[list, 
     return images, [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in targets]
 
 
-def selective_search(folder: str, paths: list[str], stopped) -> dict[str, list]:
-    """Uijlings et al. (2013), by OpenCV: at most 2,000 boxes an image."""
+def read_proposals(args: Args, paths: list[str]) -> dict[str, list] | None:
+    """{path: boxes} for fastrcnn from --proposals, whose images are named by path or file name; none are no error."""
+    if args.arch != "fastrcnn":
+        return None
     try:
-        import cv2
-        from cv2.ximgproc.segmentation import createSelectiveSearchSegmentation
-    except ImportError:
-        fail("--proposals selective-search needs OpenCV with its contributions: pip install opencv-contrib-python")
-    found, search, begun, last_line = {}, createSelectiveSearchSegmentation(), time.perf_counter(), 0.0
-    for done, path in enumerate(paths, 1):
-        if stopped():
-            sys.exit(130)
-        image = np.asarray(open_image(os.path.join(folder, path)))[:, :, ::-1]
-        scale = min(1.0, 500 / max(image.shape))  # of the size of VOC's images: it takes seconds an image even so
-        search.setBaseImage(cv2.resize(image, None, fx=scale, fy=scale))
-        search.switchToSelectiveSearchFast()
-        x, y, w, h = (search.process()[:2_000] / scale).T
-        found[path] = np.stack([x, y, x + w, y + h], axis=1).round(1).tolist()
-        if time.perf_counter() - last_line > (1 if sys.stdout.isatty() else 30):
-            last_line = time.perf_counter()
-            left = timedelta(seconds=int((last_line - begun) / done * (len(paths) - done)))
-            say(f"selective search {done:,}/{len(paths):,}  ETA {left}", stay=False)
+        with open(args.proposals or "", encoding="utf-8") as file:
+            given = json.load(file)
+        found = {path: given.get(path, given.get(os.path.basename(path), [])) for path in paths}
+        if not all(len(box) == 4 for boxes in found.values() for box in boxes):
+            raise ValueError("a box is four numbers")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        fail(f"--arch fastrcnn needs --proposals FILE.json, {args.proposals}: {error}")
+    say(f"{sum(map(len, found.values())):,} proposals; {sum(not boxes for boxes in found.values()):,} images have none")
     return found
 
 
-# YOLOv3 --------------------------------------------------------------------------------------------------------------
+# YOLOv3 ---------------------------------------------------------------------------------------------------------------
 # As in "YOLOv3: An Incremental Improvement" (Redmon and Farhadi, arXiv 1804.02767), and where the paper is silent as in
-# its code, Darknet (github.com/pjreddie/darknet, whose files are named below). Wherever there are three of a thing they
-# are in the order of the strides.
+# its code, Darknet (pjreddie/darknet, whose files are named below). Three of a thing are in the order of the strides.
 STRIDES = (8, 16, 32)
 COCO_ANCHORS = [(10, 13), (16, 30), (33, 23), (30, 61), (62, 45), (59, 119), (116, 90), (156, 198), (373, 326)]
 
@@ -560,8 +553,6 @@ class ConvBlock(nn.Sequential):
 
 
 class Residual(nn.Sequential):
-    """float `(B, channels, H, W)` -> the same shape."""
-
     def __init__(self, channels: int):
         super().__init__(ConvBlock(channels, channels // 2, 1), ConvBlock(channels // 2, channels, 3))
 
@@ -580,29 +571,26 @@ class Darknet53(nn.Module):
             for channels, n in ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4))
         )
 
-    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         maps = [self.stem(images)]
         for stage in self.stages:
             maps.append(stage(maps[-1]))
-        return maps[-3:]
+        return dict(zip("012", maps[-3:]))
 
 
 class Neck(nn.Module):
-    """The convolutions between the backbone and the output at one stride (section 2.3, yolov3.cfg).
-
-    Features `(B, inputs, h, w)`, and if `lateral` the trunk `(B, 2 channels, h/2, w/2)` of the next coarser neck ->
-    its own trunk `(B, channels, h, w)` and what the output sees, `(B, 2 channels, h, w)`.
+    """Between backbone and output at one stride (section 2.3, yolov3.cfg): features `(B, inputs, h, w)`, and if
+    `lateral` the next coarser neck's trunk `(B, 2 channels, h/2, w/2)` -> trunk, for the output `(B, 2 channels, h, w)`
     """
 
     def __init__(self, inputs: int, channels: int, lateral: bool):
         super().__init__()
         self.lateral = ConvBlock(2 * channels, channels, 1) if lateral else None
-        inputs = inputs + channels if lateral else inputs
-        widths = [inputs, channels, 2 * channels, channels, 2 * channels, channels]
+        widths = [inputs + channels if lateral else inputs, channels, 2 * channels, channels, 2 * channels, channels]
         self.trunk = nn.Sequential(*map(ConvBlock, widths, widths[1:], (1, 3, 1, 3, 1)))
         self.last = ConvBlock(channels, 2 * channels, 3)
 
-    def forward(self, features: torch.Tensor, coarser: Optional[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, features: torch.Tensor, coarser: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if self.lateral is not None:
             features = torch.cat([F.interpolate(self.lateral(coarser), scale_factor=2), features], dim=1)
         trunk = self.trunk(features)
@@ -614,10 +602,9 @@ def yolo_output(channels: int, num_classes: int) -> nn.Conv2d:
     output = nn.Conv2d(channels, 3 * (4 + num_classes), 1)  # num_classes counts background, which has no logit
     nn.init.normal_(output.weight, std=0.01)
     nn.init.zeros_(output.bias)
-    # Nearly all of the 10,647 predictions at 416 pixels are background. An objectness of 1/2 everywhere would cost
-    # 10,647 log 2 = 7,380, hundreds of times as much as the few objects, and its gradient would wreck a pretrained
-    # backbone; so objects start out rare ("Focal Loss for Dense Object Detection", Lin et al. 2017, section 3.3).
-    nn.init.constant_(output.bias.view(3, -1)[:, 4], float(np.log(0.01 / 0.99)))
+    # An objectness of 1/2 for all of the 10,647 predictions at 416 pixels would cost 10,647 log 2, hundreds of times as
+    # much as the few objects, and wreck a pretrained backbone: objects start out rare (Lin et al. 2017, section 3.3)
+    nn.init.constant_(output.bias.view(3, -1)[:, 4], math.log(0.01 / 0.99))
     return output
 
 
@@ -634,59 +621,41 @@ def letterbox(image: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tenso
     return F.pad(image, (left, size - w - left, top, size - h - top), value=0.5), scale, shift
 
 
-def shape_iou(sizes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """IoU `(n, k)` of boxes of (width, height) `(n, 2)` and `(k, 2)` that have the same centre."""
-    shared = torch.minimum(sizes[:, None], others).prod(dim=-1)
-    return shared / (sizes.prod(dim=-1)[:, None] + others.prod(dim=-1) - shared)
-
-
 class YOLOv3(nn.Module):
     """A detector called like torchvision's: `num_classes` counts background, real classes are 1..num_classes - 1.
 
-    `anchors` are 9 (width, height) in pixels of the square network input of side `size`; the 3 of the smallest area
-    serve at stride 8. A detection's score is its objectness times its class probability. Another `backbone` gives a
-    list of maps at strides 8, 16, 32 with so many `channels`.
+    The anchors are 9 (width, height) in pixels of the square network input of side `size`, a multiple of 32; the 3
+    smallest serve at stride 8. A detection's score is its objectness times its class probability. Another `backbone`
+    gives a dict of maps at strides 8, 16, 32 with so many `channels`.
     """
 
-    def __init__(
-        self, num_classes: int, anchors: list[tuple[float, float]] = COCO_ANCHORS, size: int = 416,
-        score_thresh: float = 0.05, nms_thresh: float = 0.45, detections_per_img: int = 100,
-        backbone: Optional[nn.Module] = None, channels: Sequence[int] = (256, 512, 1024),
-    ):  # fmt: skip
+    def __init__(self, num_classes: int, size: int = 416, backbone: nn.Module | None = None, channels=(256, 512, 1024)):
         super().__init__()
-        if size <= 0 or size % 32 or len(anchors) != 9:
-            raise ValueError(f"YOLOv3 needs 9 anchors, not {len(anchors)}, and a size in multiples of 32, not {size}")
-        self.size, self.detections_per_img = size, detections_per_img
-        self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
+        self.size, self.score_thresh, self.nms_thresh, self.detections_per_img = size, LOWEST_SCORE, 0.45, MOST_BOXES
         self.backbone = backbone or Darknet53()
         widths = zip(channels, (128, 256, 512), (True, True, False))
         self.necks = nn.ModuleList(Neck(inputs, width, lateral) for inputs, width, lateral in widths)
         self.outputs = nn.ModuleList(yolo_output(channels, num_classes) for channels in (256, 512, 1024))
         # part of the state dict, for without its anchors an output means nothing
-        self.register_buffer("anchors", torch.tensor(sorted(anchors, key=lambda a: a[0] * a[1]), dtype=torch.float32))
+        self.register_buffer("anchors", torch.tensor(COCO_ANCHORS, dtype=torch.float32))
         # An image's N predictions are in the order of anchors, rows and columns: `first` is where those of an anchor
         # begin; `cells` are the (column, row) and `anchor_of` the anchor of each.
-        grids = [size // stride for stride in STRIDES for _ in range(3)]
-        cells = [torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).flip(1) for grid in grids]
+        grids = [torch.arange(size // stride) for stride in STRIDES for _ in range(3)]
+        cells = [torch.cartesian_prod(grid, grid).flip(1) for grid in grids]
         counts = torch.tensor([len(cell) for cell in cells])
         self.register_buffer("strides", torch.tensor(STRIDES).repeat_interleave(3), persistent=False)
         self.register_buffer("first", counts.cumsum(0) - counts, persistent=False)
         self.register_buffer("cells", torch.cat(cells), persistent=False)
         self.register_buffer("anchor_of", torch.arange(9).repeat_interleave(counts), persistent=False)
 
-    def forward(self, images: list[torch.Tensor], targets: Optional[list[dict]] = None) -> dict | list[dict]:
-        """Images float `(3, H, W)` in [0, 1] of any sizes -> the losses in training, else a dict of each one's objects.
-
-        Targets are `boxes` float `(n, 4)`, xyxy in pixels of the image, and `labels` int64 `(n,)`, n >= 0; objects the
-        same and `scores` float `(n,)`, best first.
+    def forward(self, images: list[torch.Tensor], targets: list[dict] | None = None) -> dict | list[dict]:
+        """Images float `(3, H, W)` in [0, 1] -> the losses in training, else each one's objects, best first: `boxes`
+        float `(n, 4)`, xyxy in pixels of the image, `labels` int64 `(n,)`, `scores`. Targets are `boxes` and `labels`.
         """
         squares, scales, shifts = zip(*(letterbox(image, self.size) for image in images))
         raw = self.predict(torch.stack(squares))
         if not self.training:
-            sizes = [image.shape[-2:] for image in images]
-            return [self.detect(*each) for each in zip(raw, scales, shifts, sizes)]
-        if targets is None:
-            raise ValueError("YOLOv3 needs targets in training")
+            return [self.detect(*each) for each in zip(raw, scales, shifts, (image.shape[-2:] for image in images))]
         boxes, labels = [], []
         for image, target, scale, shift in zip(images, targets, scales, shifts):
             box = clip_boxes_to_image(target["boxes"], image.shape[-2:]) * scale + shift
@@ -697,11 +666,11 @@ class YOLOv3(nn.Module):
         return self.losses(raw, boxes, labels)
 
     def predict(self, squares: torch.Tensor) -> torch.Tensor:
-        """Network input float `(B, 3, size, size)` -> logits float32 `(B, N, 5 + classes)`, under autocast too."""
-        features, trunk, raw = self.backbone(squares), None, []
+        """Network input float `(B, 3, size, size)` -> logits float32 `(B, N, 5 + classes)`."""
+        features, trunk, raw = list(self.backbone(squares).values()), None, []
         for i in (2, 1, 0):
             trunk, x = self.necks[i](features[i], trunk)
-            x = self.outputs[i](x).float().unflatten(1, (3, -1))
+            x = self.outputs[i](x).unflatten(1, (3, -1))
             raw.insert(0, x.permute(0, 1, 3, 4, 2).flatten(1, 3))
         return torch.cat(raw, dim=1)
 
@@ -728,9 +697,8 @@ class YOLOv3(nn.Module):
 
         Sums over an image's predictions, mean over images (sections 2.1 and 2.2, yolo_layer.c). A ground truth belongs
         to the prediction in the cell of its centre by the anchor most like it in shape; if several share one, the last
-        gives the box and all their class. Box: binary cross entropy of t_x, t_y and half the squared error of t_w, t_h,
-        times 2 - area. For x and y the paper says squared error, but what its formula and its code have as the
-        gradient, target less logistic value, is that of the cross entropy.
+        gives the box and all their class. Box, times 2 - area: half the squared error of t_w, t_h and, as Darknet's
+        gradient of x and y is not that of the paper's squared error, the binary cross entropy of t_x, t_y.
         """
         with torch.no_grad():
             pairs = zip(self.decode(raw), boxes)
@@ -739,7 +707,9 @@ class YOLOv3(nn.Module):
         image = torch.cat([torch.full_like(label, i) for i, label in enumerate(labels)])
         truth, label = torch.cat(boxes), torch.cat(labels) - 1
         centre, sides = (truth[:, :2] + truth[:, 2:]) / 2, truth[:, 2:] - truth[:, :2]
-        anchor = shape_iou(sides, self.anchors).argmax(dim=1)
+        shared = torch.minimum(sides[:, None], self.anchors).prod(dim=-1)  # of boxes with the same centre
+        union = sides.prod(dim=-1)[:, None] + self.anchors.prod(dim=-1) - shared
+        anchor = (shared / union).argmax(dim=1)
         stride, grid = self.strides[anchor], self.size // self.strides[anchor]
         cell = (centre / stride[:, None]).long()
         number = image * raw.shape[1] + self.first[anchor] + cell[:, 1] * grid + cell[:, 0]
@@ -766,10 +736,10 @@ class YOLOv3(nn.Module):
 
 @torch.no_grad()
 def load_darknet(model: YOLOv3, path: str) -> list[str]:
-    """Load Darknet's own weights (parser.c) and say what was loaded; raises ValueError if `path` does not hold them.
+    """Load Darknet's own weights (parser.c); returns the names of the tensors that it had, or raises ValueError.
 
-    They are darknet53.conv.74, the backbone, or those of a whole yolov3.cfg with any number of classes. Outputs are
-    loaded if it is the model's number; they expect the anchors that they were trained with.
+    They are darknet53.conv.74, the backbone, or those of a whole yolov3.cfg with any number of classes; outputs are
+    loaded if it is the model's number.
     """
     version, size = np.fromfile(path, dtype="<i4", count=3), os.path.getsize(path)
     if len(version) < 3 or version.min() < 0 or version.max() >= 1000:  # as numbers, text and archives are huge
@@ -781,11 +751,8 @@ def load_darknet(model: YOLOv3, path: str) -> list[str]:
         return [t for conv, bn, _ in blocks for t in (bn.bias, bn.weight, bn.running_mean, bn.running_var, conv.weight)]
 
     order, necks = tensors(model.backbone), [tensors(neck) for neck in model.necks]
-    backbone = start + 4 * sum(tensor.numel() for tensor in order)
-    lines = [f"{path}: loaded the backbone"]
-    if size == backbone:
-        lines.append("necks and outputs start from random weights")
-    else:
+    backbone, parts = start + 4 * sum(tensor.numel() for tensor in order), ("backbone.",)
+    if size != backbone:
         rest = size - backbone - 4 * sum(tensor.numel() for neck in necks for tensor in neck)
         filters, left = divmod(rest, 4 * sum(output.in_channels + 1 for output in model.outputs))
         if left or filters < 18 or filters % 3:  # 3 anchors of 4 coordinates, objectness and at least a class
@@ -795,99 +762,43 @@ def load_darknet(model: YOLOv3, path: str) -> list[str]:
         for neck, output in zip(reversed(necks), reversed(model.outputs)):
             output = output if same else nn.Conv2d(output.in_channels, filters, 1)  # read, and forgotten
             order += [*neck, output.bias, output.weight]
-        lines.append(f"{'loaded necks and outputs' if same else 'loaded necks'}, of {filters // 3 - 5} classes")
-        if not same:
-            lines.append(f"outputs start from random weights, of {model.outputs[0].out_channels // 3 - 5} classes")
+        parts = ("backbone.", "necks.", "outputs.") if same else ("backbone.", "necks.")
     values = torch.from_numpy(np.fromfile(path, dtype="<f4", offset=start))
     for tensor, value in zip(order, values.split([tensor.numel() for tensor in order])):
         tensor.copy_(value.view_as(tensor))
-    return lines
+    return [name for name in model.state_dict() if name.startswith(parts)]
 
 
-def kmeans_anchors(sizes: np.ndarray, k: int = 9, seed: int = 0) -> list[tuple[float, float]]:
-    """`k` anchors for boxes of widths and heights `(n, 2)`, both in pixels of the network input, smallest area first.
-
-    By k-means with the distance 1 - IoU of centred boxes ("YOLO9000", Redmon and Farhadi, arXiv 1612.08242, section 2),
-    with medians for means, which a few large boxes would draw away: anchors of a higher IoU. Boxes without area are
-    left out; raises ValueError if fewer than `k` different ones are left.
-    """
-    boxes = torch.as_tensor(sizes, dtype=torch.float64).reshape(-1, 2)
-    boxes = boxes[(boxes > 0).all(dim=1)]
-    different = len(boxes.unique(dim=0))
-    if different < k:
-        raise ValueError(f"{k} anchors need boxes of at least {k} different sizes, there are {different}")
-    generator = torch.Generator().manual_seed(seed)
-    centres = boxes[torch.randint(len(boxes), (1,), generator=generator)]
-    while len(centres) < k:  # as in k-means++: far ones first, and none twice
-        odds = (1 - shape_iou(boxes, centres)).amin(dim=1).square()
-        centres = torch.cat([centres, boxes[odds.multinomial(1, generator=generator)]])
-    for _ in range(1_000):  # a bound, for with this distance nothing ensures an end
-        before, nearest = centres.clone(), shape_iou(boxes, centres).argmax(dim=1)
-        for i in nearest.unique().tolist():  # a centre without boxes stays
-            centres[i] = boxes[nearest == i].median(dim=0).values
-        if centres.equal(before):
-            break
-    return [(width, height) for width, height in centres[centres.prod(dim=1).argsort()].tolist()]
-
-
-# The detectors -------------------------------------------------------------------------------------------------------
-def strides(net: nn.Module) -> list[int]:
-    """For every child of a classifier's features: the number of pixels, 2 to 32, that one cell of its output covers."""
-    x, found = torch.zeros(1, 3, 64, 64), []
-    with torch.no_grad():
-        for child in net.eval().children():
-            x = child(x)
-            found.append(64 // x.shape[-1])
-    return found
-
-
-def make_body(name: str) -> tuple[nn.Module, list[int]]:
-    """The feature maps "0", "1", "2" at strides 8, 16, 32 of a torchvision classifier, and their channels."""
+# The detectors --------------------------------------------------------------------------------------------------------
+def make_body(name: str) -> tuple[nn.Module, dict[str, str], list[int]]:
+    """A classifier of torchvision, the names of its layers with maps at strides 8, 16, 32, and their channels."""
     if name not in models.list_models(module=models):
-        near = " or ".join(difflib.get_close_matches(name, models.list_models(module=models), 3))
-        fail(f"--backbone {name}: torchvision has no such classifier{', did you mean ' * bool(near)}{near}")
-    net = models.get_model(name, weights=None)
-    if hasattr(net, "layer4"):
-        layers = {"layer2": "0", "layer3": "1", "layer4": "2"}
-    elif hasattr(net, "features") and isinstance(net.features, nn.Sequential):
+        fail(f"--backbone {name}: torchvision has no such classifier")
+    net, x, last = models.get_model(name, weights=None).eval(), torch.zeros(1, 3, 64, 64), {}
+    if isinstance(getattr(net, "features", None), nn.Sequential):
         net = net.features
-        of = strides(net)
-        last = [max((i for i, s in enumerate(of) if s == stride), default=None) for stride in (8, 16, 32)]
-        layers = {str(i): str(n) for n, i in enumerate(last) if i is not None}
-    else:
-        layers = {}
-    if len(layers) < 3:
+    children = list(net.named_children())
+    if hasattr(net, "layer4"):
+        children = children[: [child_name for child_name, _ in children].index("layer4") + 1]
+    with torch.no_grad(), contextlib.suppress(RuntimeError, NotImplementedError, TypeError):
+        for child_name, child in children:
+            x = child(x)
+            last[64 // x.shape[-1]] = child_name, x.shape[1]
+    if not set(STRIDES) <= set(last):
         fail(f"--backbone {name}: no feature maps at strides 8, 16 and 32; ResNets, MobileNets and VGGs have them")
-    body = IntermediateLayerGetter(net, layers).eval()
-    with torch.no_grad():
-        channels = [values.shape[1] for values in body(torch.zeros(1, 3, 64, 64)).values()]
-    return body, channels
-
-
-class Pyramid(nn.Module):
-    """Feature pyramid (Lin et al., 2017) with 256 channels on a body's maps; `extra` adds coarser levels."""
-
-    def __init__(self, body: nn.Module, channels: list[int], extra: nn.Module):
-        super().__init__()
-        self.body, self.fpn, self.out_channels = body, FeaturePyramidNetwork(channels, 256, extra), 256
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.fpn(self.body(x))
+    return net, {last[stride][0]: str(i) for i, stride in enumerate(STRIDES)}, [last[stride][1] for stride in STRIDES]
 
 
 class Tower(nn.Module):
     """A body's maps and two coarser ones, as in SSD (Liu et al., 2016)."""
 
-    def __init__(self, body: nn.Module, channels: list[int]):
+    def __init__(self, body: nn.Module, channels: int):
         super().__init__()
         self.body, self.extra = body, nn.ModuleList()
-        for inputs in (channels[-1], 256):
+        for inputs in (channels, 256):
             convs = nn.Conv2d(inputs, 128, 1), nn.ReLU(), nn.Conv2d(128, 256, 3, stride=2, padding=1), nn.ReLU()
             self.extra.append(nn.Sequential(*convs))
-        for module in self.extra.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        detection.ssd._xavier_init(self.extra)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         maps = self.body(x)
@@ -896,21 +807,8 @@ class Tower(nn.Module):
         return maps
 
 
-class Normalised(nn.Module):
-    """A body for YOLOv3: images in [0, 1] become what ImageNet's classifiers expect."""
-
-    def __init__(self, body: nn.Module):
-        super().__init__()
-        self.body = body
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return list(self.body((x - self.mean) / self.std).values())
-
-
-class Given(nn.Module):
-    """Stands in the place of the region proposal network and hands on the proposals of `boxes` and whole images."""
+class ExternalProposals(nn.Module):
+    """In the place of the region proposal network: hands on `boxes` of images of `sizes`, and the whole images."""
 
     def forward(self, images, features, targets=None) -> tuple[list[torch.Tensor], dict]:
         scaled = []
@@ -928,56 +826,61 @@ class FastRCNN(detection.FasterRCNN):
         return super().forward(images, targets if self.training else None)
 
 
-def make_detector(args: Args, num_classes: int, anchors: Optional[list] = None) -> nn.Module:
+def make_detector(args: Args, num_classes: int) -> nn.Module:
     """A detector with random weights for `num_classes` classes, the background (0) included."""
     size = args.image_size
-    if args.arch == "yolov3":
-        backbone, channels = None, (256, 512, 1024)
-        if args.backbone:
-            body, channels = make_body(args.backbone)
-            backbone = Normalised(body)
+    scale = {"min_size": size, "max_size": round(size * 1333 / 800)} if size else {}
+    net, layers, channels = make_body(args.backbone) if args.backbone else (None, None, None)
+    if args.arch in TORCHVISION:
+        if args.arch.startswith("ssd") and size:
+            fail(f"--image-size: {args.arch} has a fixed size; --arch ssd --backbone NAME takes any")
+        model = models.get_model(args.arch, weights=None, weights_backbone=None, num_classes=num_classes, **scale)
+    elif args.arch == "yolov3":
         if size and size % 32:
             fail(f"--image-size {size}: yolov3 needs a multiple of 32")
-        return YOLOv3(num_classes, anchors or COCO_ANCHORS, size or 416, backbone=backbone, channels=channels)
-    scale = {"min_size": size, "max_size": round(size * 1333 / 800)} if size else {}
-    if args.arch in TORCHVISION:
-        if args.arch.startswith("ssd"):
-            if size:
-                fail(f"--image-size: {args.arch} has a fixed size; --arch ssd --backbone NAME takes any")
-            scale = {}
-        return models.get_model(args.arch, weights=None, weights_backbone=None, num_classes=num_classes, **scale)
-    body, channels = make_body(args.backbone)
-    if args.arch == "ssd":
-        boxes = detection.anchor_utils.DefaultBoxGenerator([[2, 3]] * 5)
-        return detection.ssd.SSD(Tower(body, channels), boxes, (size or 320,) * 2, num_classes)
-    if args.arch in ("retinanet", "fcos"):
-        backbone = Pyramid(body, channels, LastLevelP6P7(256, 256))
-        if args.arch == "fcos":
-            return detection.FCOS(backbone, num_classes, **scale)
+        normalise = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # what ImageNet's networks expect
+        body = OrderedDict(normalise=normalise, body=IntermediateLayerGetter(net, layers)) if net else None
+        model = YOLOv3(num_classes, size or 416, *((nn.Sequential(body), channels) if net else ()))
+    elif args.arch == "ssd":
+        tower = Tower(IntermediateLayerGetter(net, layers), channels[-1])
+        model = detection.ssd.SSD(tower, DefaultBoxGenerator([[2, 3]] * 5), (size or 320,) * 2, num_classes)
+    elif args.arch in ("retinanet", "fcos"):
+        backbone = BackboneWithFPN(net, layers, channels, 256, LastLevelP6P7(256, 256))
         octave = [tuple(round(4 * stride * 2 ** (i / 3)) for i in range(3)) for stride in (8, 16, 32, 64, 128)]
-        boxes = detection.anchor_utils.AnchorGenerator(tuple(octave), ((0.5, 1.0, 2.0),) * 5)
-        return detection.RetinaNet(backbone, num_classes, anchor_generator=boxes, **scale)
-    pool = MultiScaleRoIAlign(["0", "1", "2"], output_size=7, sampling_ratio=2)
-    boxes = detection.anchor_utils.AnchorGenerator(((32,), (64,), (128,), (256,)), ((0.5, 1.0, 2.0),) * 4)
-    kind = FastRCNN if args.arch == "fastrcnn" else detection.FasterRCNN
-    backbone = Pyramid(body, channels, LastLevelMaxPool())
-    # 128 regions an image and 256 hidden units, where torchvision has 512 and 1,024: a third of the time on a CPU
-    head = {"box_head": detection.faster_rcnn.TwoMLPHead(256 * 7 * 7, 256), "box_batch_size_per_image": 128}
-    head["box_predictor"] = detection.faster_rcnn.FastRCNNPredictor(256, num_classes)
-    model = kind(backbone, rpn_anchor_generator=boxes, box_roi_pool=pool, **head, **scale)
-    if args.arch == "fastrcnn":
-        model.rpn = Given()
+        boxes = AnchorGenerator(tuple(octave), ((0.5, 1.0, 2.0),) * 5)
+        model = (detection.FCOS(backbone, num_classes, **scale) if args.arch == "fcos" else
+                 detection.RetinaNet(backbone, num_classes, anchor_generator=boxes, **scale))  # fmt: skip
+    else:
+        # 128 regions an image and 256 hidden units, where torchvision has 512 and 1,024: a third of the time on a CPU
+        model = (FastRCNN if args.arch == "fastrcnn" else detection.FasterRCNN)(
+            BackboneWithFPN(net, layers, channels, 256, LastLevelMaxPool()), box_batch_size_per_image=128,
+            rpn_anchor_generator=AnchorGenerator(((32,), (64,), (128,), (256,)), ((0.5, 1.0, 2.0),) * 4),
+            box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], output_size=7, sampling_ratio=2),
+            box_head=detection.faster_rcnn.TwoMLPHead(256 * 7 * 7, 256),
+            box_predictor=detection.faster_rcnn.FastRCNNPredictor(256, num_classes), **scale,
+        )  # fmt: skip
+        model.rpn = ExternalProposals() if args.arch == "fastrcnn" else model.rpn
+    chooser = getattr(model, "roi_heads", model)
+    chooser.score_thresh, chooser.detections_per_img = LOWEST_SCORE, MOST_BOXES
+    if args.weights == "COCO_V1" and args.arch in ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn"):
+        for module in model.backbone.modules():  # they were trained with epsilon 0
+            module.eps = 0.0
     return model
 
 
-def plain_norms(model: nn.Module) -> None:
-    """torchvision's frozen batch normalisation as the usual one: frozen or not is decided in one place, by `Frozen`."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child).__name__ == "FrozenBatchNorm2d":
-                plain = nn.BatchNorm2d(len(child.weight), eps=child.eps)
-                plain.load_state_dict(child.state_dict(), strict=False)
-                setattr(module, name, plain)
+def autocast_backbone(model: nn.Module, device_type: str) -> None:
+    """Have the backbone train in bfloat16 and give float32: as bfloat16, anchors and boxes would be pixels away.
+
+    Evaluation is in float32 throughout, on every device.
+    """
+    forward = model.backbone.forward
+
+    def forward_in_bfloat16(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.autocast(device_type, torch.bfloat16, enabled=model.training):
+            maps = forward(images)
+        return {name: values.float() for name, values in maps.items()}
+
+    model.backbone.forward = forward_in_bfloat16
 
 
 def is_head(name: str) -> bool:
@@ -993,17 +896,8 @@ def load_into(model: nn.Module, state: dict, source: str) -> list[str]:
     """
     own = model.state_dict()
     if not any(name.startswith(("backbone.", "head.")) for name in state):
-        base = "backbone.body." if any(name.startswith("backbone.body.") for name in own) else "backbone."
-        flat = base == "backbone." or any(re.match(r"backbone\.body\.\d", name) for name in own)
-        state = {base + (name.removeprefix("features.") if flat else name): value for name, value in state.items()
+        state = {f"backbone.body.{name.removeprefix('features.')}": value for name, value in state.items()
                  if not name.startswith(("fc.", "classifier.", "AuxLogits."))}  # fmt: skip
-        if "backbone.extra.0.1.weight" in own and flat:  # SSD300 cuts VGG16 in two
-
-            def place(found: re.Match) -> str:
-                layer = int(found[1])
-                return f"backbone.features.{layer}" if layer < 23 else f"backbone.extra.0.{layer - 23}"
-
-            state = {re.sub(r"backbone\.(\d+)", place, name): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not is_head(name)}
     wrong = [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
     if wrong or not state:
@@ -1013,160 +907,121 @@ def load_into(model: nn.Module, state: dict, source: str) -> list[str]:
     return list(state)
 
 
-def read_state(path: str) -> tuple[dict, dict]:
-    """The state dict in a file of this script, of finetune_classify.py, or bare; and all that is in the file."""
+def read_checkpoint(path: str, last: bool = False) -> dict:
+    """What is in a file, or in a run's folder in its checkpoint of the best or of the `last` epoch; and its `path`.
+
+    `model` in it is the state dict, also of bare files and of finetune_classify.py, whose backbone it is.
+    """
+    if os.path.isdir(path):
+        names = [name for name in os.listdir(path) if name.endswith(".pt") and name.endswith("_last.pt") == last]
+        path = os.path.join(path, names[0] if len(names) == 1 else f"({len(names)} checkpoints)")
     if not os.path.isfile(path):
         fail(f"no file at {path}")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        fail(f"{path} cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]}")
-    state = data.get("model", data.get("state_dict", data)) if isinstance(data, dict) else {}
-    if not state or not all(torch.is_tensor(value) for value in state.values()):
-        fail(f"{path} is no state dict, a dict of tensors is expected")
+        state = data.get("model", data.get("state_dict", data))
+        if not state or not all(map(torch.is_tensor, state.values())):
+            raise TypeError("a dict of tensors is expected")
+    except Exception as error:  # noqa: BLE001 (torch's own text advises to run whatever code the file has)
+        fail(f"{path} cannot be loaded as a state dict: {str(error).splitlines()[0].split('. ')[0]}")
     if any(name.startswith("trunk.") for name in state):
-        state = {name.removeprefix("trunk."): state[name] for name in state if name.startswith("trunk.")}
-    return state, data
-
-
-def download(entry, arch: str) -> dict:
-    try:
-        return entry.get_state_dict(progress=sys.stdout.isatty(), check_hash=True)
-    except (OSError, RuntimeError) as error:
-        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-        there = f"put {entry.url} into {folder}, or give a local file with --weights"
-        fail(f"the weights {entry} could not be downloaded ({error}): {there}")
+        state = {name.removeprefix("trunk."): value for name, value in state.items() if name.startswith("trunk.")}
+    return (data if "model" in data else {}) | {"model": state, "path": path}
 
 
 def load_weights(args: Args, model: nn.Module) -> list[str]:
     """Load what --weights or --pretrained names; returns the names of the tensors that are not random any more."""
-    if args.pretrained:
-        return load_into(model, read_state(args.pretrained)[0], args.pretrained)
-    name = args.weights
-    if name == "none" or args.strategy == "scratch":
+    source = args.pretrained or args.weights
+    if source == "none":
         return []
-    if name and os.path.isfile(name):
-        if args.arch == "yolov3" and not name.endswith((".pth", ".pt")):
+    if args.pretrained or os.path.isfile(source or ""):
+        if args.arch == "yolov3" and os.path.isfile(source) and not source.endswith((".pth", ".pt")):
             try:
-                lines = load_darknet(model, name)
+                return load_darknet(model, source)
             except ValueError as error:
                 fail(f"--weights {error}")
-            say("; ".join(lines))
-            count_of_parts = 1 + ("loaded necks" in lines[1]) + ("loaded necks and" in lines[1])
-            parts = ("backbone.", "necks.", "outputs.")[:count_of_parts]
-            return [tensor for tensor in model.state_dict() if tensor.startswith(parts)]
-        return load_into(model, read_state(name)[0], name)
-    if args.arch in TORCHVISION:
-        entries = {entry.name: entry for entry in models.get_model_weights(args.arch)}
-        name = name or models.get_model_weights(args.arch).DEFAULT.name
-        if name in entries:
-            # COCO's first ResNet-50s were trained with epsilon 0
-            if name == "COCO_V1" and args.arch in ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn"):
-                for module in model.backbone.modules():
-                    if isinstance(module, nn.BatchNorm2d):
-                        module.eps = 0.0
-            return load_into(model, download(entries[name], args.arch), name)
-    elif args.backbone:
-        entries = {entry.name: entry for entry in models.get_model_weights(args.backbone)}
-        name = name or "IMAGENET1K_V1"
-        if name in entries:
-            return load_into(model, download(entries[name], args.backbone), name)
-    else:
-        entries = {}
-        if not name:
-            fail("yolov3: give --weights yolov3.weights or darknet53.conv.74 of Darknet, or --weights none")
-    fail(f"--weights {name}: neither a file nor one of {', '.join([*entries, 'none'])}")
+        return load_into(model, read_checkpoint(source)["model"], source)
+    if args.arch == "yolov3" and not args.backbone:
+        fail("yolov3: give --weights yolov3.weights or darknet53.conv.74 of Darknet, or --weights none")
+    entries = {entry.name: entry for entry in models.get_model_weights(args.backbone or args.arch)}
+    if source not in entries:
+        fail(f"--weights {source}: neither a file nor one of {', '.join([*entries, 'none'])}")
+    try:
+        state = entries[source].get_state_dict(progress=sys.stdout.isatty(), check_hash=True)
+    except (OSError, RuntimeError) as error:
+        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+        fail(f"{entries[source].url} could not be downloaded ({error}): put it into {folder}, or give a --weights FILE")
+    return load_into(model, state, source)
 
 
-def stages(model: nn.Module) -> list[list[nn.Module]]:
-    """The layers of the backbone in five groups, from the image on: each halves the resolution."""
-    body = getattr(model.backbone, "body", model.backbone)
-    if hasattr(body, "layer4"):
-        return [[body.conv1, body.bn1], [body.layer1], [body.layer2], [body.layer3], [body.layer4]]
-    if isinstance(body, Darknet53):
-        return [[body.stem, body.stages[0]], *([stage] for stage in body.stages[1:])]
-    if not isinstance(body, IntermediateLayerGetter):
-        fail("--trainable-backbone-layers: not with this architecture; --arch ssd --backbone NAME has stages")
-    of = strides(body)
-    return [[child for child, s in zip(body.children(), of) if s == stride] for stride in (2, 4, 8, 16, 32)]
-
-
-class Frozen:
-    """Keeps `modules` as they are: no gradients, and no new statistics while the rest is trained."""
-
-    def __init__(self, model: nn.Module, loaded: list[str], args: Args):
-        self.model, self.norms = model, []
-        if args.strategy == "scratch":  # MobileNets and Darknet average over 100 batches, more than there may be at all
-            for module in model.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.momentum = 0.1
-        pretrained = [name for name in loaded if name.startswith("backbone.")]
-        names = set(loaded) if args.strategy == "off-the-shelf" else set()
-        if args.trainable_backbone_layers is not None:
-            kept = stages(model)[: 5 - args.trainable_backbone_layers]
-            still = {id(parameter) for group in kept for module in group for parameter in module.parameters()}
-            names |= {name for name, parameter in model.named_parameters() if id(parameter) in still}
-        for name, module in model.named_modules():
+def freeze(model: nn.Module, loaded: list[str], args: Args) -> list[nn.Module]:
+    """Take gradients from all that --strategy and --unfreeze-from keep; the layers that stay in evaluation mode."""
+    names, in_evaluation = [name for name, _ in model.named_parameters()], []
+    frozen = set(loaded) if args.strategy == "off-the-shelf" else set()
+    if args.unfreeze_from:
+        later = [i for i, name in enumerate(names) if f".{args.unfreeze_from}." in f".{name}"]
+        if not later:
+            fail(f"--unfreeze-from {args.unfreeze_from}: no module has that name; there are {some(names[::9], 12)}")
+        frozen |= set(names[: later[0]])
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        if isinstance(module, nn.BatchNorm2d):
+            if args.strategy == "scratch":
+                module.momentum = 0.1  # MobileNets' and Darknet's would average over more batches than there may be
             # Batches of a few images have no statistics worth having: torchvision freezes a trained backbone's too
-            if isinstance(module, nn.BatchNorm2d):
-                if (name.startswith("backbone.") and pretrained) or f"{name}.weight" in names:
-                    self.norms.append(module)
-                    names |= {f"{name}.weight", f"{name}.bias"}
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in names)
-        if args.strategy == "off-the-shelf":
-            self.norms += [module for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
-
-    def train(self) -> None:
-        self.model.train()
-        for module in self.norms:
-            module.eval()
+            elif weight in frozen or (name.startswith("backbone.") and weight in loaded):
+                in_evaluation.append(module)
+                frozen |= {weight, f"{name}.bias"}
+        elif isinstance(module, nn.Dropout) and args.strategy == "off-the-shelf":
+            in_evaluation.append(module)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return in_evaluation
 
 
 def make_optimizer(args: Args, model: nn.Module) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
     if args.optimizer == "adam":
         return torch.optim.Adam(groups, args.learning_rate)
     return torch.optim.SGD(groups, args.learning_rate, momentum=0.9)
 
 
-# Evaluation ----------------------------------------------------------------------------------------------------------
+# Evaluation -----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def detect(model: nn.Module, loader, device, report, stopped) -> Optional[dict[int, dict]]:
-    """{index: boxes, labels, scores on the CPU} of all images that can be read; None when a signal came."""
+def detect(args: Args, model: nn.Module, data: Pictures, indices: Sequence[int], device: torch.device) -> dict:
+    """{index: boxes, labels, scores on the CPU} of all images that can be read."""
     model.eval()
     found = {}
-    for images, targets, indices, bad in loader:
-        if stopped():
-            return None
-        report(bad)
-        if images:
-            for i, result in zip(indices, model(*to_device(images, targets, device))):
-                found[i] = {name: result[name].float().cpu() for name in ("boxes", "scores")}
-                found[i]["labels"] = result["labels"].cpu()
+    for images, targets, read, bad in make_loader(args, data, make_batches(indices, args), device):
+        data.report(bad)
+        for i, result in zip(read, model(*to_device(images, targets, device)) if images else ()):
+            found[i] = {name: result[name].cpu() for name in ("boxes", "labels", "scores")}
     return found
+
+
+def to_coco(pictures: list[Picture], found: dict[int, dict], classes: list[str]) -> list[dict]:
+    """Detections in COCO's format of results, with names."""
+    results = []
+    for i, each in found.items():
+        for (x1, y1, x2, y2), label, score in zip(*(each[name].tolist() for name in ("boxes", "labels", "scores"))):
+            entry = {"image_id": i, "category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+            results.append(entry | {"file_name": pictures[i].path, "category": classes[label - 1]})
+    return results
 
 
 def coco_metrics(pictures: list[Picture], found: dict[int, dict], classes: list[str]) -> dict[str, float]:
     """AP over IoU 0.5 to 0.95, AP50, AP75 and `AP/<class>` of the images in `found`, by pycocotools."""
-    truth, boxes = [], []
+    truth, boxes = [], to_coco(pictures, found, classes)
     for i in found:
-        picture = pictures[i]
-        for (x1, y1, x2, y2), label, crowd in zip(picture.boxes, picture.labels, picture.crowd):
+        for (x1, y1, x2, y2), label, crowd in zip(pictures[i].boxes, pictures[i].labels, pictures[i].crowd):
             entry = {"image_id": i, "category_id": 1 + classes.index(label), "bbox": [x1, y1, x2 - x1, y2 - y1]}
             truth.append(entry | {"id": len(truth) + 1, "area": (x2 - x1) * (y2 - y1), "iscrowd": int(crowd)})
-        xyxy, labels, scores = (found[i][name].tolist() for name in ("boxes", "labels", "scores"))
-        for (x1, y1, x2, y2), label, score in zip(xyxy, labels, scores):
-            boxes.append({"image_id": i, "category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score})
-    categories = [{"id": n, "name": name} for n, name in enumerate(classes, 1)]
     if not boxes:
-        return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0} | {f"AP/{name}": 0.0 for name in classes}
+        return {name: 0.0 for name in ("AP", "AP50", "AP75", *(f"AP/{name}" for name in classes))}
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
+        coco, categories = COCO(), [{"id": n, "name": name} for n, name in enumerate(classes, 1)]
         coco.dataset = {"images": [{"id": i} for i in found], "annotations": truth, "categories": categories}
         coco.createIndex()
         evaluation = COCOeval(coco, coco.loadRes(boxes), "bbox")
@@ -1180,48 +1035,40 @@ def coco_metrics(pictures: list[Picture], found: dict[int, dict], classes: list[
     return metrics
 
 
-def paper_ap(pictures: list[Picture], found: dict[int, dict], classes: list[str], iou: float) -> dict[str, float]:
-    """{class: AP} as in the paper: the area under the interpolated precision-recall curve (VOC 2010 on).
+def paper_ap(pictures: list[Picture], found: dict[int, dict], name: str, label: int, iou: float) -> float:
+    """AP of a class as in the paper: the area under the interpolated precision-recall curve (VOC 2010 on).
 
-    Boxes of score 0.05 and more after non-maximum suppression at IoU 0.45; a box belongs to the object that it overlaps
-    most, and is right if by `iou` at least and as the first one. NaN for a class without objects.
+    Boxes after non-maximum suppression at IoU 0.45; a box belongs to the object that it overlaps most, and is right if
+    by `iou` at least and as the first one. NaN for a class without objects.
     """
-    result = {}
-    for label, name in enumerate(classes, 1):
-        scores, right, total = [], [], 0
-        for i, boxes in found.items():
-            mine = [k for k, other in enumerate(pictures[i].labels) if other == name]
-            truth = torch.tensor([pictures[i].boxes[k] for k in mine]).reshape(-1, 4)
-            crowd = [pictures[i].crowd[k] for k in mine]
-            total += crowd.count(False)
-            chosen = (boxes["labels"] == label) & (boxes["scores"] >= 0.05)
-            candidates, values = boxes["boxes"][chosen], boxes["scores"][chosen]
-            kept = batched_nms(candidates, values, torch.zeros(len(values)), 0.45)
-            overlaps, taken = box_iou(candidates[kept], truth), set()
-            for row, value in zip(overlaps, values[kept].tolist()):
-                best = int(row.argmax()) if len(mine) else -1
-                if best >= 0 and row[best] >= iou:
-                    if crowd[best]:
-                        continue
-                    right.append(best not in taken)
-                    taken.add(best)
-                else:
-                    right.append(False)
-                scores.append(value)
-        order = np.argsort(-np.array(scores), kind="stable")
-        hits = np.array(right, dtype=np.float64)[order]
-        recall = np.cumsum(hits) / max(total, 1)
-        precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
-        envelope = np.maximum.accumulate(precision[::-1])[::-1]
-        result[name] = float(np.sum(np.diff(recall, prepend=0.0) * envelope)) if total else math.nan
-    return result
+    scores, right, total = [], [], 0
+    for i, boxes in found.items():
+        objects = pictures[i].only(lambda other, crowd: other == name)
+        truth, taken = torch.tensor(objects.boxes).reshape(-1, 4), set()
+        total += objects.crowd.count(False)
+        chosen = boxes["labels"] == label
+        candidates, values = boxes["boxes"][chosen], boxes["scores"][chosen]
+        kept = batched_nms(candidates, values, torch.zeros(len(values)), 0.45)
+        for overlaps, value in zip(box_iou(candidates[kept], truth), values[kept].tolist()):
+            best = int(overlaps.argmax()) if len(truth) else -1
+            hit = best >= 0 and bool(overlaps[best] >= iou)
+            if hit and objects.crowd[best]:
+                continue
+            scores.append(value)
+            right.append(hit and best not in taken)
+            taken |= {best} if hit else set()
+    hits = np.array(right, dtype=np.float64)[np.argsort(-np.array(scores), kind="stable")]
+    recall = np.cumsum(hits) / max(total, 1)
+    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.sum(np.diff(recall, prepend=0.0) * envelope)) if total else math.nan
 
 
 def measure(pictures: list[Picture], found: dict[int, dict], classes: list[str]) -> dict[str, float]:
     """COCO's metrics, and the paper's `AP@0.1` and `AP@0.5` with `AP@0.1/<class>`; means over classes with objects."""
     metrics = coco_metrics(pictures, found, classes)
     for iou in (0.1, 0.5):
-        each = paper_ap(pictures, found, classes, iou)
+        each = {name: paper_ap(pictures, found, name, label, iou) for label, name in enumerate(classes, 1)}
         known = [value for value in each.values() if not math.isnan(value)]
         metrics[f"AP@{iou}"] = sum(known) / len(known) if known else math.nan
         metrics |= {f"AP@{iou}/{name}": value for name, value in each.items()}
@@ -1229,425 +1076,282 @@ def measure(pictures: list[Picture], found: dict[int, dict], classes: list[str])
 
 
 def describe(metrics: dict[str, float]) -> str:
-    names = ("AP", "AP50", "AP75", "AP@0.1", "AP@0.5")
-    return ", ".join(f"{name} {metrics[name]:.4f}" for name in names)
+    return ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "AP75", "AP@0.1", "AP@0.5"))
 
 
-def draw(image: torch.Tensor, boxes: dict, classes: list[str], threshold: float) -> torch.Tensor:
-    """uint8 `(3, H, W)` with the boxes of `threshold` and more, their classes and scores."""
-    shown = boxes["scores"] >= threshold
-    labels, scores = boxes["labels"][shown].tolist(), boxes["scores"][shown].tolist()
-    words = [f"{classes[label - 1]} {score:.2f}" for label, score in zip(labels, scores)]
-    colors = [("red", "cyan", "yellow", "lime", "magenta", "orange")[(label - 1) % 6] for label in labels]
-    if not words:
-        return image
-    look = {"colors": colors, "width": max(2, max(image.shape) // 200), "fill_labels": True, "label_colors": "black"}
-    return draw_bounding_boxes(image, boxes["boxes"][shown], words, **look)
+def draw(data: Pictures, found: dict[int, dict], threshold: float, folder: str) -> None:
+    """Write the images in `found` with the boxes of `threshold` and more, their classes and scores, as PNGs."""
+    colours = ("red", "cyan", "yellow", "lime", "magenta", "orange")
+    for i, each in found.items():
+        image = open_image(os.path.join(data.folder, data.pictures[i].path))
+        canvas, font = ImageDraw.Draw(image), ImageFont.load_default(max(12, max(image.size) // 50))
+        for entry in to_coco(data.pictures, {i: each}, data.classes):
+            if entry["score"] >= threshold:
+                x, y, w, h = entry["bbox"]
+                colour, words = colours[entry["category_id"] % 6], f"{entry['category']} {entry['score']:.2f}"
+                canvas.rectangle((x, y, x + w, y + h), outline=colour, width=max(2, max(image.size) // 300))
+                canvas.rectangle(canvas.textbbox((x, y), words, font), fill=colour)
+                canvas.text((x, y), words, "black", font)
+        path = os.path.join(folder, os.path.splitext(data.pictures[i].path)[0] + ".png")
+        write_file(path, lambda file: image.save(file, "PNG"))  # noqa: B023
 
 
-def predict(args: Args, model: nn.Module, classes: list[str], device, base: str) -> None:
-    """Write predictions.json (COCO's format of results, with names) and pictures/ with the boxes drawn into `base`."""
-    if not os.path.isdir(args.predict):
-        fail(f"--predict {args.predict}: there is no such folder")
-    pictures = [Picture(path) for path in find_images(args.predict)]
-    if not pictures:
-        fail(f"--predict {args.predict}: no images in it ({', '.join(sorted(IMAGES))})")
-    proposals = get_proposals(args, args.predict, [picture.path for picture in pictures], lambda: False)
-    data, results = Pictures(args.predict, pictures, classes, proposals, args), []
-    order = Order(list(range(len(pictures))), args.batch_size, 0)
-
-    def report(bad: list) -> None:
-        for i, reason in bad:
-            say(f"left out: {pictures[i].path} cannot be read, {reason}")
-
-    found = detect(model, make_loader(args, data, order, device), device, report, lambda: False)
-    for i, boxes in found.items():
-        xyxy, labels, scores = (boxes[name].tolist() for name in ("boxes", "labels", "scores"))
-        for (x1, y1, x2, y2), label, score in zip(xyxy, labels, scores):
-            box = [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)]
-            entry = {"image_id": i, "category_id": label, "bbox": box, "score": round(score, 4)}
-            results.append(entry | {"file_name": pictures[i].path, "category": classes[label - 1]})
-        path = os.path.join(base, "pictures", os.path.splitext(pictures[i].path)[0] + ".png")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        image = torch.as_tensor(data[-1, i][0])
-        Image.fromarray(draw(image, boxes, classes, args.predict_threshold).permute(1, 2, 0).numpy()).save(path)
-    path = os.path.join(base, "predictions.json")
-    with open(path + ".tmp", "w") as file:
-        json.dump(results, file, indent=0)
-    os.replace(path + ".tmp", path)
-    say(f"saved {len(results):,} boxes in {len(found):,} images to {path}, drawn in {os.path.join(base, 'pictures')}")
-
-
-def get_proposals(args: Args, folder: str, paths: list[str], stopped) -> Optional[dict[str, list]]:
-    """{path: boxes} for fastrcnn, from a file or by selective search."""
-    if args.arch != "fastrcnn":
-        return None
-    if args.proposals == "selective-search":
-        return selective_search(folder, paths, stopped)
-    if not args.proposals:
-        fail("--arch fastrcnn needs --proposals FILE.json, or --proposals selective-search")
-    try:
-        with open(args.proposals, encoding="utf-8") as file:
-            given = json.load(file)
-        by_name = {os.path.basename(name): boxes for name, boxes in given.items()} | given
-        found = {path: by_name.get(path, by_name.get(os.path.basename(path), [])) for path in paths}
-        if not all(len(box) == 4 for boxes in found.values() for box in boxes):
-            raise ValueError("a box is four numbers")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        fail(f"--proposals {args.proposals}: {error}")
-    without = [path for path, boxes in found.items() if not boxes]
-    if without:
-        say(f"{len(without):,} of {len(paths):,} images have no proposals: {some(without)}")
-    return found
-
-
-# Checkpoints ---------------------------------------------------------------------------------------------------------
-def load_checkpoint(path: str) -> dict:
-    _, data = read_state(path)
-    if not {"model", "classes", "norm_eps", "args"} <= set(data):
-        fail(f"{path} is not a checkpoint of this script")
-    return data
-
-
-def restore(checkpoint: dict) -> nn.Module:
-    """The detector of a checkpoint."""
-    args = Args(**{k: v for k, v in checkpoint["args"].items() if k in {f.name for f in fields(Args)}})
-    model = make_detector(args, 1 + len(checkpoint["classes"]), checkpoint["anchors"])
-    plain_norms(model)
-    for name, module in model.named_modules():
-        if name in checkpoint["norm_eps"]:
-            module.eps = checkpoint["norm_eps"][name]
-    model.load_state_dict(checkpoint["model"])
-    return model
-
-
-def save_atomically(data: dict, path: str) -> None:
-    torch.save(data, path + ".tmp")
-    os.replace(path + ".tmp", path)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse freed memory rather than give it back to the system. Nothing on other systems.
-
-    Otherwise tensors of some megabytes are mapped anew in every update, which on a CPU cost 5,000 to 20,000 page faults
-    and up to a tenth of its time, another share in every run (Linux, mallopt(3)).
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+def draw_curves(history: dict[str, list], path: str) -> None:
+    """Loss and validation APs by epoch."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for panel, prefix in zip(figure.subplots(1, 2), ("train/", "val/")):
+        for tag in [tag for tag in history if tag.startswith(prefix)]:
+            panel.plot(*zip(*history[tag]), marker=".", label=tag)
+        panel.set_xlabel("epoch")
+        panel.legend()
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 if __name__ == "__main__":
-    args, checkpoint = tyro.cli(Args), {}
-    if args.evaluate or args.resume:
-        checkpoint = load_checkpoint(args.evaluate or args.resume)
-        saved = {k: v for k, v in checkpoint["args"].items() if k in {flag.name for flag in fields(Args)}}
-        args = tyro.cli(Args, default=Args(**saved | {"resume": None}))  # the command line wins over the checkpoint
-        if args.resume and "optimizer" not in checkpoint:
-            fail(f"{args.resume} has no training state to resume; that is in the file that ends in _last.pt")
-        fixed = ("arch", "backbone", "strategy", "optimizer", "batch_size", "image_size")
-        for name in (*fixed, "trainable_backbone_layers"):
-            if saved.get(name) != getattr(args, name):
-                of = args.resume or args.evaluate
-                fail(f"{of} is of a run with {name} {saved.get(name)}, not {getattr(args, name)}")
-    known = [*FAMILIES, "yolov3", *TORCHVISION]
-    if args.arch not in known:
-        near = difflib.get_close_matches(args.arch, known, 3)
-        fail(f"--arch {args.arch}: no such detector, did you mean {' or '.join(near)}" if near else
-             f"--arch {args.arch}: no such detector; there are {', '.join(known)}")  # fmt: skip
-    if args.arch in FAMILIES:
-        args.backbone = args.backbone or "resnet50"
-    elif args.backbone and args.arch != "yolov3":
-        fail(f"--backbone goes with --arch {', '.join(FAMILIES)} or yolov3; {args.arch} has its own")
+    args, checkpoint, own_data = tyro.cli(Args, description="Fine-tune and compare object detectors."), {}, True
+    if args.resume or args.evaluate:  # with the flags of the run unless given anew
+        checkpoint, given = read_checkpoint(args.resume or args.evaluate, last=bool(args.resume)), args
+        path, saved = checkpoint["path"], {}
+        if not {"classes", "loaded", "args"} <= set(checkpoint) or (args.resume and "optimizer" not in checkpoint):
+            fail(f"{path} is no checkpoint of this script{' to resume, which ends in _last.pt' * bool(args.resume)}")
+        saved = {name: value for name, value in checkpoint["args"].items() if name in vars(args)}
+        args = tyro.cli(Args, default=Args(**saved))
+        args.resume, args.evaluate = given.resume, given.evaluate
+        free = (CHANGEABLE + " " + TESTABLE if args.evaluate else CHANGEABLE).split()
+        for name, value in saved.items():
+            if value != getattr(args, name) and name not in free:
+                fail(f"{path} is of a run with {name} {value}, not {getattr(args, name)}")
+        own_data = all(saved[name] == getattr(args, name) for name in ("data_dir", "dataset", "annotations"))
+        kept_split = os.path.join(os.path.dirname(path), "split.csv")
+        args.split_file = args.split_file or (kept_split if own_data and os.path.isfile(kept_split) else None)
+    if args.arch not in (*FAMILIES, "yolov3", *TORCHVISION):
+        fail(f"--arch {args.arch}: there are {', '.join((*FAMILIES, 'yolov3', *TORCHVISION))}")
+    for name, value in vars(args).items():
+        low, high = BOUNDS.get(name, (1, 10**9))
+        if type(value) in (int, float) and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} must be between {low} and {high:g}, not {value}")
+    for wrong, message in (
+        (os.path.basename(args.exp_name) != args.exp_name, f"--exp-name {args.exp_name} is not the name of a file"),
+        (args.backbone and args.arch not in (*FAMILIES, "yolov3"), f"--backbone: {args.arch} has its own"),
+        (args.unfreeze_from and args.strategy != "fine-tune", "--unfreeze-from is for --strategy fine-tune"),
+        (args.strategy == "scratch" and args.pretrained, "--strategy scratch has random weights: no --pretrained"),
+        (args.strategy == "off-the-shelf" and args.weights == "none" and not args.pretrained,
+         "--strategy off-the-shelf needs trained layers: --weights or --pretrained"),
+        (args.predict and not args.evaluate, "--predict needs a trained detector: --evaluate RUN"),
+        (args.arch == "fastrcnn" and args.augmentation == "ssd", "--augmentation ssd crops images, but not proposals"),
+    ):  # fmt: skip
+        if wrong:
+            fail(message)
+
+    # TRY NOT TO MODIFY: what flags that were not given stand for; device, signals and seeding
+    args.backbone = args.backbone or ("resnet50" if args.arch in FAMILIES else None)
+    args.weights = "none" if args.strategy == "scratch" else args.weights
+    if not args.weights and not args.pretrained and (args.backbone or args.arch in TORCHVISION):
+        args.weights = "IMAGENET1K_V1" if args.backbone else models.get_model_weights(args.arch).DEFAULT.name
     if args.learning_rate is None:
         family = next(name for name in PER_IMAGE if args.arch.startswith(name))
         args.learning_rate = 1e-4 if args.optimizer == "adam" else PER_IMAGE[family] * args.batch_size
-    for name in ("epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if not 0 <= (args.trainable_backbone_layers if args.trainable_backbone_layers is not None else 5) <= 5:
-        fail(f"--trainable-backbone-layers {args.trainable_backbone_layers}: the backbone has 5 stages")
-    if args.strategy != "fine-tune" and args.trainable_backbone_layers is not None:
-        fail("--trainable-backbone-layers trains a part of the backbone: use it with --strategy fine-tune")
-    if args.strategy == "scratch" and args.pretrained:
-        fail("--strategy scratch trains everything from random weights: no --pretrained")
-    if args.strategy == "off-the-shelf" and args.weights == "none" and not args.pretrained:
-        fail("--strategy off-the-shelf needs trained layers: --weights or --pretrained")
-    if args.predict and not args.evaluate:
-        fail("--predict needs the checkpoint of a trained detector: --evaluate PATH")
-    if args.arch == "fastrcnn" and args.augmentation == "ssd":
-        fail("--augmentation ssd crops images, which --proposals cannot follow: use flip or none")
-
-    # Ctrl-C and kill end the run after the update, with a checkpoint; a second one ends it at once
-    signals: list[int] = []
-
-    def on_signal(number: int, _) -> None:
-        if signals:
-            sys.exit(128 + number)
-        signals.append(number)
-
-    def stopped() -> bool:
-        return bool(signals)
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-
-    # TRY NOT TO MODIFY: seeding
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    on_cuda = device.type == "cuda"
-    if not on_cuda:
-        keep_freed_memory()
-
-    # Predictions need no annotations
-    if args.evaluate and args.predict:
-        base = os.path.dirname(os.path.abspath(args.evaluate))
-        predict(args, restore(checkpoint).to(device), checkpoint["classes"], device, base)
-        sys.exit()
+    if args.workers is None:
+        args.workers = os.cpu_count() if device.type == "cuda" else min(os.cpu_count(), 4)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
+    torch.backends.cudnn.deterministic = True
+    torch.set_float32_matmul_precision("high")
+    # the new layers of a chain must not be those that its source, often of the same seed, began with
+    source = read_checkpoint(args.pretrained) if args.pretrained and not checkpoint else checkpoint
+    transfers = source.get("transfers", 0) + bool(args.pretrained and not checkpoint)
+    torch.manual_seed(args.seed + 1_000_003 * transfers)
 
     # Data
-    if args.evaluate:  # the test images of the run, or all of other --annotations
-        of_the_run = args.annotations == checkpoint["args"]["annotations"]
-        args.annotations = args.test_annotations if of_the_run and args.test_annotations else args.annotations
+    other_data = args.evaluate and args.annotations != checkpoint["args"]["annotations"]
+    if other_data:
         args.val_annotations = args.test_annotations = None
-    pictures = load_pictures(args)
-    if checkpoint:
-        classes = checkpoint["classes"]
-        if args.single_class:
-            for picture in pictures:
-                picture.labels = classes * len(picture.labels)
-        splits = checkpoint["splits"]
-        if args.annotations == checkpoint["args"]["annotations"] and splits:  # of one file, which the run has split
-            for picture in pictures:
-                picture.split = splits.get(picture.path, "")
-            pictures = [picture for picture in pictures if picture.split]
-        elif args.evaluate:
-            for picture in pictures:
-                picture.split = "test"
-        pictures = keep_classes(pictures, set(classes))
+    if args.predict:
+        folder, pictures = args.predict, [Picture(path, split="test") for path in find_images(args.predict)]
     else:
-        pictures, classes = choose_classes(args, pictures)
+        folder, pictures = load_pictures(args)
+    for picture in pictures:
+        picture.split = "test" if other_data else picture.split
+        picture.labels = ["object"] * len(picture.labels) if args.single_class else picture.labels
+    classes = checkpoint["classes"] if checkpoint else choose_classes(args, pictures)
+    pictures = keep_classes(pictures, classes)
     indices = {name: [i for i, picture in enumerate(pictures) if picture.split == name] for name in SPLITS}
     boxes = {name: sum(len(pictures[i].boxes) for i in indices[name]) for name in SPLITS}
     sizes = ", ".join(f"{len(indices[name]):,} ({boxes[name]:,} boxes) {name}" for name in SPLITS)
-    say(f"{args.annotations}: {sizes}; {len(classes):,} classes: {some(classes, 10)}")
-    for name in ("test",) if args.evaluate else ("train", "val"):
-        if not indices[name]:
-            fail(f"there are no images for {name}")
-    proposals = get_proposals(args, args.data_dir, [picture.path for picture in pictures], stopped)
-    data = Pictures(args.data_dir, pictures, classes, proposals, args)
-    unreadable: dict[int, str] = {}
-
-    def report(bad: list[tuple[int, str]]) -> None:
-        """Name the images that cannot be read: they are left out, not replaced."""
-        for i, reason in bad:
-            if i not in unreadable:
-                say(f"left out: {pictures[i].path} cannot be read, {reason}")
-            unreadable[i] = reason
-
-    def test(split: str) -> Optional[tuple[dict[str, float], dict[int, dict]]]:
-        """Metrics and boxes of a split; None when a signal came."""
-        order = Order(indices[split], args.batch_size, 0)
-        found = detect(model, make_loader(args, data, order, device), device, report, stopped)
-        return None if found is None else (measure(pictures, found, classes), found)
+    say(f"{folder}: {sizes}; {len(classes):,} classes: {some(classes, 10)}")
+    data = Pictures(folder, pictures, classes, read_proposals(args, [picture.path for picture in pictures]), args)
 
     # The detector
+    model = make_detector(args, 1 + len(classes))
     if checkpoint:
-        model, loaded, anchors = restore(checkpoint), checkpoint["loaded"], checkpoint["anchors"]
-    else:
-        anchors = None
-        if args.kmeans_anchors:
-            if args.arch != "yolov3":
-                fail("--kmeans-anchors is for --arch yolov3")
-            size = args.image_size or 416
-            training = [picture for picture in pictures if picture.split == "train"]
-            boxes = [[size * side / max(picture.size) for side in (x2 - x1, y2 - y1)]
-                     for picture in training for x1, y1, x2, y2 in picture.boxes]  # fmt: skip
-            try:
-                anchors = [list(anchor) for anchor in kmeans_anchors(np.array(boxes), seed=args.seed)]
-            except ValueError as error:
-                fail(f"--kmeans-anchors: {error}")
-            say(f"anchors {', '.join(f'{w:.0f}x{h:.0f}' for w, h in anchors)}")
-        model = make_detector(args, 1 + len(classes), anchors)
-        plain_norms(model)
-        loaded = load_weights(args, model)
+        model.load_state_dict(checkpoint["model"])
+    loaded = checkpoint["loaded"] if checkpoint else load_weights(args, model)
     model = model.to(device, memory_format=torch.channels_last)
-    frozen = Frozen(model, loaded, args)
-
     if args.evaluate:
-        result = test("test")
-        if result is None:
-            sys.exit(128 + signals[0])
-        print(f"{args.evaluate} on {len(result[1]):,} images: {describe(result[0])}")
+        split = "test" if indices["test"] else "val"
+        found = detect(args, model, data, indices[split], device)
+        if not found:
+            fail(f"{folder}: there are no {split} images that can be read")
+        if args.predict:
+            base, results = os.path.dirname(os.path.abspath(path)), to_coco(pictures, found, classes)
+            draw(data, found, args.predict_threshold, os.path.join(base, "pictures"))
+            text = json.dumps(results, indent=0).encode()
+            write_file(os.path.join(base, "predictions.json"), lambda file: file.write(text))
+            say(f"saved {len(results):,} boxes in {len(found):,} images to {base}: predictions.json and pictures")
+        else:
+            say(f"{path} on {len(found):,} {split} images: {describe(measure(pictures, found, classes))}")
         sys.exit()
-
-    order = Order(indices["train"], args.batch_size, args.seed)
-    order.epoch = 0
-    train_loader = make_loader(args, data, order, device)
+    if not indices["train"] or not indices["val"]:
+        fail("there are no images for training or none for validation")
+    in_evaluation = freeze(model, loaded, args)
+    if args.amp and device.type == "cuda":
+        autocast_backbone(model, device.type)
     optimizer = make_optimizer(args, model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
-    kept = sum(isinstance(module, nn.BatchNorm2d) for module in frozen.norms)
-    what = f"{args.arch} on {args.backbone}" if args.backbone else args.arch
-    say(f"{what}, {args.strategy}: {len(loaded):,} tensors loaded, {trained:,} of {total:,} parameters are trained, "
-        f"{kept:,} batch normalisations frozen, learning rate {args.learning_rate:g}, on {device}")  # fmt: skip
+    kept = sum(isinstance(module, nn.BatchNorm2d) for module in in_evaluation)
+    say(f"{args.arch}{f' on {args.backbone}' * bool(args.backbone)}, {args.strategy}: {len(loaded):,} tensors loaded, "
+        f"{trained:,} of {total:,} parameters are trained, {kept:,} batch normalisations frozen"
+        f"{', the momentum of the others 0.1' * (args.strategy == 'scratch')}, "
+        f"learning rate {args.learning_rate:g}, on {device}")  # fmt: skip
 
     # TRY NOT TO MODIFY: the run's folder and logs
-    if args.track:
-        try:
+    name = os.path.basename(os.path.normpath(args.dataset or args.annotations or args.data_dir)).removesuffix(".json")
+    run_dir = os.path.join(args.logdir, f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    if args.resume:
+        run_dir = os.path.dirname(os.path.abspath(path))
+    while os.path.exists(run_dir) and not args.resume:  # of a run that began in the same second
+        run_dir += "-2"
+    try:
+        os.makedirs(run_dir, exist_ok=True)
+        if args.track:
             import wandb
-        except ImportError:
-            fail("--track needs Weights and Biases: pip install wandb")
-    name = os.path.splitext(os.path.basename(os.path.normpath(args.annotations)))[0]
-    run_name = f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = os.path.dirname(os.path.abspath(args.resume)) if args.resume else os.path.join(args.logdir, run_name)
-    for copy in count(2):
-        try:
-            os.makedirs(run_dir, exist_ok=bool(args.resume))
-            break
-        except FileExistsError:  # two runs that start in the same second
-            run_dir = os.path.join(args.logdir, f"{run_name}-{copy}")
-    if args.track:
-        project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": os.path.basename(run_dir)}
-        wandb.init(**project, config=vars(args), sync_tensorboard=True, save_code=True)
-    best_path, last_path = (os.path.join(run_dir, f"{args.exp_name}{end}.pt") for end in ("", "_last"))
-    start = {"epoch": 0, "step": 0, "best": -1.0, "stale": 0}
-    epoch, step, best, stale = (checkpoint.get(name, value) for name, value in start.items())
-    sums = checkpoint.get("sums", {})
-    writer = SummaryWriter(run_dir, purge_step=epoch + 1 if args.resume else None)
+
+            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=os.path.basename(run_dir),
+                       config=vars(args), sync_tensorboard=True, save_code=True)  # fmt: skip
+        epoch, history = checkpoint.get("epoch", 0), checkpoint.get("history", {})
+        writer = SummaryWriter(run_dir, purge_step=epoch + 1 if args.resume else None)
+    except (OSError, ImportError) as error:
+        fail(f"{run_dir}: {error}")
     table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", epoch)
+    best_path, last_path, per_class = (
+        os.path.join(run_dir, name) for name in (f"{args.exp_name}.pt", f"{args.exp_name}_last.pt", "per_class.csv")
+    )
+    best, stale, resumed_at = checkpoint.get("best", -1.0), checkpoint.get("stale", 0), epoch
     if args.resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"]["torch"])
-        if on_cuda and checkpoint["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
-    norm_eps = {name: module.eps for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    splits = {} if args.val_annotations else {picture.path: picture.split for picture in pictures}
+    else:
+        write_rows(os.path.join(run_dir, "split.csv"), [["path", "split"], *([p.path, p.split] for p in pictures)])
 
     def save(path: str, **more) -> None:
-        state = {"args": vars(args), "classes": classes, "anchors": anchors, "norm_eps": norm_eps, "loaded": loaded}
-        state |= {"splits": splits, "epoch": epoch, "best": best, "model": model.state_dict()}
-        save_atomically(state | more, path)
-
-    def save_last() -> None:
         writer.flush()  # first: a kill right after the checkpoint must not cost the points before it
-        generators = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if on_cuda else None}
-        save(last_path, optimizer=optimizer.state_dict(), rng=generators, step=step, stale=stale, sums=sums)
+        state = {"args": vars(args), "classes": classes, "loaded": loaded, "transfers": transfers, "epoch": epoch}
+        state |= {"best": best, "stale": stale, "history": history, "model": model.state_dict()} | more
+        write_file(path, lambda file: torch.save(state, file))
 
-    def write(metrics: dict[str, float], found: dict[int, dict], split: str) -> None:
+    def test(split: str) -> dict[str, float]:
+        """Metrics of a split, written with pictures of its first images."""
+        found = detect(args, model, data, indices[split], device)
+        metrics = measure(pictures, found, classes)
         for name, value in metrics.items():
             if not math.isnan(value):
                 writer.add_scalar(f"{split}/{name}", value, epoch)
-        for i in [i for i in indices[split] if i in found][:4]:
-            image = torch.as_tensor(data[-1, i][0])
-            picture = draw(image, found[i], classes, args.predict_threshold)
-            writer.add_image(f"{split}/{pictures[i].path}", picture, epoch)
-
-    def diverged(losses: dict) -> NoReturn:
-        each = ", ".join(f"{name} {float(value):g}" for name, value in losses.items())
-        fail(f"the loss is not finite in epoch {epoch + 1} ({each}): lower --learning-rate {args.learning_rate:g}")
+        if split == "test" or metrics["AP@0.5"] > best:
+            first = {i: found[i] for i in list(found)[:8]}
+            draw(data, first, args.predict_threshold, os.path.join(run_dir, "detections", split))
+        return metrics
 
     # Training
-    last_line, saved_at, batches = 0.0, -60.0, order.batches()
-    while epoch < args.epochs and not (args.patience and stale >= args.patience) and not signals:
-        frozen.train()
-        order.epoch, order.start = epoch, step
-        begun = waited_from = time.perf_counter()
-        waiting, first = 0.0, step
-        for images, targets, chosen, bad in train_loader:
-            waiting += time.perf_counter() - waited_from
-            report(bad)
-            done = epoch * batches + step
-            rate = args.learning_rate * min(1.0, (done + 1) / min(args.warmup_iterations, batches))
-            rate *= 0.1 ** sum(epoch >= round(share * args.epochs) for share in args.lr_drops)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            if images:
-                images, targets = to_device(images, targets, device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp and on_cuda):
-                    losses = model(images, targets)
-                loss = torch.stack([value.float() for value in losses.values()]).sum()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                for name, value in (losses | {"loss": loss}).items():
-                    sums[name] = sums.get(name, 0.0) + value.detach()
-                sums["batches"] = sums.get("batches", 0) + 1
-            step += 1
-            if signals:
-                break
-            waited_from = now = time.perf_counter()
-            if now - last_line > (1 if sys.stdout.isatty() else 30):
-                last_line = now
-                means = {name: float(value) / sums["batches"] for name, value in sums.items() if name != "batches"}
-                if not math.isfinite(means.get("loss", 0.0)):
-                    diverged(losses)
-                per_step = (now - begun) / (step - first)
-                left = timedelta(seconds=int(per_step * (batches - step)))
-                shares = f"{per_step:.2f} s/update, {waiting / (now - begun):.0%} of it waiting for data"
-                line = f"epoch {epoch + 1}/{args.epochs} {step / batches:.1%}  loss {means.get('loss', 0.0):.4f}"
-                say(f"{line}  {shares}  ETA of the epoch {left}", stay=False)
-        sums = {name: float(value) for name, value in sums.items()}
-        if step < batches:
-            break
-        seconds = time.perf_counter() - begun
-        result = test("val")
-        if result is None:
-            break
-        metrics, found = result
-        if not sums:
-            fail("none of the training images could be read")
-        means = {name: value / sums["batches"] for name, value in sums.items() if name != "batches"}
-        if not math.isfinite(means["loss"]):
-            diverged(means)
-        epoch, step, sums = epoch + 1, 0, {}
-        score = 0.0 if math.isnan(metrics["AP@0.5"]) else metrics["AP@0.5"]
-        stale = 0 if score > best else stale + 1
-        for name, value in means.items():
-            writer.add_scalar("train/loss" if name == "loss" else f"losses/{name.removeprefix('loss_')}", value, epoch)
-        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], epoch)
-        if batches > first:  # not so in a run that was stopped during this validation
-            writer.add_scalar("charts/seconds_per_update", (seconds - waiting) / (batches - first), epoch)
-            writer.add_scalar("charts/seconds_waiting_for_data", waiting / (batches - first), epoch)
-        write(metrics, found, "val")
-        say(f"epoch {epoch}: loss {means['loss']:.4f}; validation: {describe(metrics)}; {seconds:.0f} s, "
-            f"{waiting:.1f} s of them waiting for data")  # fmt: skip
-        if score > best:
-            best = score
-            save(best_path)
-        if time.perf_counter() - saved_at > 60 or epoch == args.epochs or (args.patience and stale == args.patience):
-            save_last()
-            saved_at = time.perf_counter()
+    batches, last_line = make_batches(indices["train"], args), 0.0
+    loader = make_loader(args, data, batches, device, stay=True)
+    share = len(indices["val"]) / len(indices["train"]) / 3  # of validation in the time of an epoch, until it is known
+    try:
+        if not args.resume:
+            save(last_path, optimizer=optimizer.state_dict())
+        while epoch < args.epochs and not 0 < args.patience <= stale:
+            model.train()
+            for module in in_evaluation:
+                module.eval()
+            torch.manual_seed(args.seed * 1_000_003 + epoch)  # for dropout and the regions that R-CNNs draw
+            batches[:] = make_batches(indices["train"], args, epoch)
+            begun = waited_from = time.perf_counter()
+            waiting, sums, count = 0.0, Counter(), 0
+            for step, (images, targets, _, bad) in enumerate(loader, 1):
+                waiting += time.perf_counter() - waited_from
+                data.report(bad)
+                warmed = (epoch * len(batches) + step) / max(min(args.warmup_iterations, len(batches)), 1)
+                drops = sum(epoch >= round(share_of_epochs * args.epochs) for share_of_epochs in args.lr_drops)
+                for group in optimizer.param_groups:
+                    group["lr"] = args.learning_rate * min(1.0, warmed) * 0.1**drops
+                if images:
+                    losses = model(*to_device(images, targets, device))
+                    losses["loss"] = torch.stack(list(losses.values())).sum()
+                    optimizer.zero_grad()
+                    losses["loss"].backward()
+                    optimizer.step()
+                    count += 1
+                    for name, value in losses.items():
+                        sums[name] += value.detach()
+                waited_from = now = time.perf_counter()
+                if now - last_line > (1 if sys.stdout.isatty() else 30) and count:
+                    last_line, mean, per_step = now, float(sums["loss"]) / count, (now - begun) / step
+                    if not math.isfinite(mean):
+                        break
+                    left = per_step * len(batches) * ((args.epochs - epoch) * (1 + share) - step / len(batches))
+                    say(f"epoch {epoch + 1}/{args.epochs} {step / len(batches):.1%}  loss {mean:.4f}  "
+                        f"{per_step:.2f} s/update, {waiting / (now - begun):.0%} of it waiting for data  "
+                        f"ETA {timedelta(seconds=int(left))}", stay=False)  # fmt: skip
+            seconds = time.perf_counter() - begun
+            means = {name: float(value) / count for name, value in sums.items()}
+            if not means or not math.isfinite(means["loss"]):
+                each = ", ".join(f"{name} {value:g}" for name, value in means.items())
+                fail(f"the loss is not finite in epoch {epoch + 1} ({each}): lower --learning-rate" if means else
+                     "none of the training images could be read")  # fmt: skip
+            epoch += 1
+            metrics = test("val")
+            share = (time.perf_counter() - begun) / seconds - 1
+            for name, value in means.items():
+                tag = "train/loss" if name == "loss" else f"losses/{name.removeprefix('loss_')}"
+                writer.add_scalar(tag, value, epoch)
+            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], epoch)
+            writer.add_scalar("charts/seconds_per_update", (seconds - waiting) / len(batches), epoch)
+            writer.add_scalar("charts/seconds_waiting_for_data", waiting / len(batches), epoch)
+            say(f"epoch {epoch}: loss {means['loss']:.4f}; validation: {describe(metrics)}; {seconds:.0f} s, "
+                f"{waiting:.1f} s of them waiting for data")  # fmt: skip
+            for tag, value in (
+                ("train/loss", means["loss"]),
+                *((f"val/{m}", metrics[m]) for m in ("AP", "AP50", "AP@0.1")),
+            ):
+                history.setdefault(tag, []).append((epoch, value))
+            draw_curves(history, os.path.join(run_dir, "curves.png"))
+            score = 0.0 if math.isnan(metrics["AP@0.5"]) else metrics["AP@0.5"]
+            stale = 0 if score > best else stale + 1
+            if score > best:
+                best = score
+                save(best_path)
+            save(last_path, optimizer=optimizer.state_dict())
 
-    if signals:
-        save_last()
-        writer.close()
-        say(f"stopped in epoch {epoch + 1}; python {os.path.basename(__file__)} --resume {last_path} goes on")
-        sys.exit(128 + signals[0])
-
-    # The test images, once, with the weights of the best validation AP at IoU 0.5
-    if indices["test"]:
-        model.load_state_dict(load_checkpoint(best_path)["model"])
-        result = test("test")
-        if result is None:
-            sys.exit(128 + signals[0])
-        metrics, found = result
-        write(metrics, found, "test")
-        path = os.path.join(run_dir, "per_class.csv")
-        with open(path + ".tmp", "w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["class", "boxes", "AP", "AP@0.1", "AP@0.5"])
+        # The test images, once, with the weights of the best validation AP at IoU 0.5
+        if os.path.exists(per_class) and epoch == resumed_at:
+            say("the run is finished and tested: more --epochs go on")
+        elif indices["test"]:
+            model.load_state_dict(read_checkpoint(best_path)["model"])
+            metrics, rows = test("test"), [["class", "boxes", "AP", "AP@0.1", "AP@0.5"]]
+            writer.flush()
             for name in classes:
-                boxes = sum(pictures[i].labels.count(name) for i in found)
-                scores = (metrics[f"{metric}/{name}"] for metric in ("AP", "AP@0.1", "AP@0.5"))
-                rows.writerow([name, boxes, *(f"{score:.4f}" for score in scores)])
-        os.replace(path + ".tmp", path)
-        say(f"test: {describe(metrics)} ({len(found):,} images; the best of {epoch} epochs)")
-    writer.close()
-    if unreadable:
-        say(f"{len(unreadable):,} images could not be read and were left out")
-    say(f"saved {best_path}")
+                boxes = sum(pictures[i].labels.count(name) for i in indices["test"])
+                rows.append([name, boxes, *(f"{metrics[f'{metric}/{name}']:.4f}" for metric in rows[0][2:])])
+            write_rows(per_class, rows)
+            say(f"test: {describe(metrics)} (the best of {epoch} epochs)")
+        say(f"saved {best_path}; {len(data.unreadable):,} images could not be read and were left out")
+    except (KeyboardInterrupt, BrokenPipeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        print(f"\nstopped in epoch {epoch + 1}; python {os.path.basename(__file__)} --resume {run_dir} goes on from the "
+              "end of the epoch before", file=sys.stderr)  # fmt: skip
+        sys.exit(130)
+    finally:
+        writer.close()
