@@ -25,7 +25,7 @@ import signal
 import statistics
 import sys
 import time
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -42,6 +42,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision import datasets, models
+from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import v2
 
 
@@ -53,7 +54,7 @@ class Args:
     cuda: bool = True  # train on CUDA when there is a GPU
     amp: bool = True  # on CUDA, compute in bfloat16 where that is safe (autocast)
     compile: bool = False  # compile the network (`torch.compile`); pays off in long runs
-    workers: int | None = None  # threads that decode the images of a folder, once (None: 4, on CUDA all cores)
+    workers: int = 0  # threads that decode the images of a folder, once (0: one a core)
     logdir: str = "runs"  # folder in which the run's own folder is made, or found again
     resume: str | None = None  # run (folder or checkpoint) to continue, with its flags unless given anew
     track: bool = False  # mirror the run to Weights and Biases (`pip install wandb`; set WANDB_PROJECT, WANDB_ENTITY)
@@ -121,10 +122,21 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"{os.path.basename(__file__)}: error: {message}")
 
 
-def say(line: str, stay: bool = True) -> None:
-    """Print over the progress line; on a terminal a line that does not `stay` is a progress line itself."""
-    tty, line = sys.stdout.isatty(), line.encode(errors="backslashreplace").decode()
-    print(f"\r{line}\033[K" if tty else line, end="\n" if stay or not tty else "", flush=True)
+def say(line: str, end: str = "\n") -> None:
+    """Print over the progress line, also names that are not UTF-8."""
+    clear = "\r\033[K" if sys.stdout.isatty() else ""
+    print(clear + line.encode(errors="backslashreplace").decode(), end=end, flush=True)
+
+
+def progress(line: Callable[[], str]) -> None:
+    """Say the line every second, over the last one, or every 30 seconds where the output is not a terminal."""
+    tty = sys.stdout.isatty()
+    if time.monotonic() - progress.last > (1 if tty else 30):
+        progress.last = time.monotonic()
+        say(line(), end="" if tty else "\n")
+
+
+progress.last = -math.inf
 
 
 def some(names: list[str]) -> str:
@@ -149,7 +161,7 @@ def save_atomically(path: str, write: Callable[[str], None]) -> None:
             os.remove(temporary)
 
 
-def write_table(path: str, rows: list[dict]) -> None:
+def save_table(path: str, rows: list[dict]) -> None:
     def write(temporary: str) -> None:
         with open(temporary, "w", newline="", errors="surrogateescape") as file:
             table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -160,40 +172,30 @@ def write_table(path: str, rows: list[dict]) -> None:
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
-def rank_in_class(labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """For every image its place in a random order of its class, and the size of its class: int64 `(N,)` each."""
+def rank_in_class(labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """For every image its place in a random order of its class, the size of its class and a tenth of it, `(N,)` each."""
     rank, size = torch.zeros_like(labels), torch.zeros_like(labels)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
         rank[members[torch.randperm(len(members), generator=generator)]] = torch.arange(len(members))
         size[members] = len(members)
-    return rank, size
-
-
-def tenth(size: torch.Tensor) -> torch.Tensor:
-    """A tenth of every class, rounded; a class of three images has one in each split."""
-    return torch.maximum((size / 10).round().long(), (size >= 3).long())
+    return rank, size, (size / 10).round().maximum(size >= 3)  # a class of three images has one in each split
 
 
 def find_images(folder: str) -> list[str]:
-    """Paths of all images below `folder`, relative to it, sorted; one that links lead to as well is there once."""
+    """Paths of the images below `folder`, relative to it, sorted; a file that links lead to as well is there once."""
     paths = {}
 
     def unreadable(error: OSError) -> NoReturn:
         fail(f"--dataset folder:{folder}: {error}")
 
     for root, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        real = os.path.realpath(root) + os.sep
-        # a link to a folder above would never end
-        folders[:] = [name for name in folders if not real.startswith(os.path.realpath(f"{root}/{name}") + os.sep)]
-        for name in names:
-            if os.path.splitext(name)[1].lower() in IMAGES:
-                path = os.path.relpath(os.path.join(root, name), folder)
-                paths.setdefault(os.path.realpath(os.path.join(root, name)), []).append(path)
-    kept = sorted(min(same, key=lambda path: (path.count(os.sep), path)) for same in paths.values())
-    if len(kept) < sum(map(len, paths.values())):
-        say(f"{sum(map(len, paths.values())) - len(kept):,} links to images that are there anyway are left out")
-    return kept
+        here = os.path.realpath(root) + os.sep  # a link to a folder above would never end
+        folders[:] = [name for name in folders if not here.startswith(os.path.realpath(f"{root}/{name}") + os.sep)]
+        for path in (os.path.join(root, name) for name in names):
+            if os.path.splitext(path)[1].lower() in IMAGES:
+                paths.setdefault(os.path.realpath(path), []).append(os.path.relpath(path, folder))
+    return sorted(min(same, key=lambda path: (path.count(os.sep), path)) for same in paths.values())
 
 
 def open_image(path: str, side: int) -> Image.Image:
@@ -214,111 +216,94 @@ def open_image(path: str, side: int) -> Image.Image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def decode(folder: str, paths: list[str], side: int, workers: int) -> tuple[torch.Tensor, dict[int, str]]:
-    """All images, uint8 `(N, side, side, 3)`, centres of the resized ones, and {index: reason} of the unreadable."""
-    pixels, unreadable, last_line = torch.zeros(len(paths), side, side, 3, dtype=torch.uint8), {}, time.perf_counter()
+def read_folder(args: Args, folder: str) -> tuple[list[str], dict, list[dict]]:
+    """What load_data returns of a folder per class, or of train/, val/ and test/ with those."""
+    found = [path.split(os.sep) for path in find_images(folder)]
+    presplit = set(SPLITS) <= {parts[0] for parts in found}
+    found = [parts for parts in found if len(parts) > 1 + presplit and (not presplit or parts[0] in SPLITS)]
+    if not found:
+        fail(f"--dataset folder:{folder}: no images in folders per class, or in train/, val/ and test/ with those")
+    paths, names = [os.sep.join(parts) for parts in found], [parts[presplit] for parts in found]
+    side, unreadable = round(args.image_size * 8 / 7), {}
+    pixels = torch.zeros(len(paths), side, side, 3, dtype=torch.uint8)
     transform = v2.Compose([v2.Resize(side, antialias=True), v2.CenterCrop(side), v2.PILToTensor()])
 
     def read(i: int) -> None:
         try:
             pixels[i] = transform(open_image(os.path.join(folder, paths[i]), side)).permute(1, 2, 0)
         except Exception as error:  # Pillow's plugins raise whatever their formats make them
-            unreadable[i] = f"{type(error).__name__}: {error}"
+            unreadable[i] = f"{paths[i]} ({type(error).__name__}: {error})"
 
-    pool = ThreadPoolExecutor(max(workers, 1))  # Pillow decodes and resizes without the interpreter's lock
+    # Pillow decodes and resizes without the interpreter's lock
+    pool = ThreadPoolExecutor(args.workers or os.cpu_count())
     try:
         for done, _ in enumerate(pool.map(read, range(len(paths)))):
-            if time.perf_counter() - last_line > (1 if sys.stdout.isatty() else 30):
-                last_line = time.perf_counter()
-                say(f"decoding {folder}: {done / len(paths):.1%}", stay=False)
+            progress(lambda: f"decoding {folder}: {done / len(paths):.1%}")
     finally:
         pool.shutdown(cancel_futures=True)
-    return pixels, unreadable
-
-
-def read_folder(args: Args, folder: str) -> tuple[list[str], dict, list[dict]]:
-    """The class names, {split: (images, labels)} and the rows of split.csv, of a folder a class or of train/ etc."""
-    if not os.path.isdir(folder):
-        fail(f"--dataset folder:{folder}: there is no such folder")
-    paths = find_images(folder)
-    if not paths:
-        fail(f"--dataset folder:{folder}: no images in it ({', '.join(sorted(IMAGES))})")
-    presplit = set(SPLITS) <= {path.split(os.sep)[0] for path in paths}
-    paths = [path for path in paths if path.count(os.sep) > presplit]
-    paths = [path for path in paths if not presplit or path.split(os.sep)[0] in SPLITS]
-    if not paths:
-        fail(f"--dataset folder:{folder}: a folder per class is expected there, or train/, val/ and test/ with those")
-    names = [path.split(os.sep)[presplit] for path in paths]
-    pixels, unreadable = decode(folder, paths, round(args.image_size * 8 / 7), args.workers)
     if unreadable:
-        reasons = [f"{paths[i]} ({reason})" for i, reason in sorted(unreadable.items())]
-        say(f"{len(reasons):,} images cannot be read and are left out: {some(reasons)}")
-    known = sorted(set(names))
-    labels = torch.tensor([known.index(name) for name in names])
+        say(f"{len(unreadable):,} images cannot be read and are left out: {some(sorted(unreadable.values()))}")
+    classes = sorted(set(names))
+    labels = torch.tensor([classes.index(name) for name in names])
     readable = torch.tensor([i not in unreadable for i in range(len(paths))])
-    split = torch.zeros_like(labels)
     if presplit:
-        split = torch.tensor([SPLITS.index(path.split(os.sep)[0]) for path in paths])
+        split = torch.tensor([SPLITS.index(parts[0]) for parts in found])
     else:
-        rank, size = rank_in_class(labels[readable], random_stream(args.seed, "split"))
-        split[readable] = (rank < 2 * tenth(size)).long() + (rank < tenth(size)).long()
+        rank, _, tenth = rank_in_class(labels[readable], random_stream(args.seed, "split"))
+        split = torch.zeros_like(labels)
+        split[readable] = (rank < 2 * tenth).long() + (rank < tenth).long()
     present = [set(labels[readable & (split == i)].tolist()) for i in range(3)]
     kept = sorted(set.intersection(*present))
-    lost = Counter(name for name in names if known.index(name) not in kept)
-    if lost:
-        counts = f"{len(lost):,} classes with {sum(lost.values()):,} images"
-        say(f"{counts} are not in all of train, val and test and are left out: {some(list(lost))}")
+    if len(kept) < len(classes):
+        lost = [name for i, name in enumerate(classes) if i not in kept]
+        say(f"{len(lost):,} classes are not in all of train, val and test and are left out: {some(lost)}")
     if len(kept) < 2:
         fail(f"--dataset folder:{folder}: {len(kept)} classes have images in all of train, val and test, 2 are needed")
-    new_label = torch.full((len(known),), -1)
-    new_label[kept] = torch.arange(len(kept))
-    labels = new_label[labels]
-    members = {name: (readable & (split == i) & (labels >= 0)).nonzero()[:, 0] for i, name in enumerate(SPLITS)}
+    readable &= torch.isin(labels, torch.tensor(kept))
+    members = {name: (readable & (split == i)).nonzero()[:, 0] for i, name in enumerate(SPLITS)}
     rows = [{"path": paths[i], "split": name, "class": names[i]} for name in SPLITS for i in members[name].tolist()]
-    return [known[i] for i in kept], {name: (pixels[chosen], labels[chosen]) for name, chosen in members.items()}, rows
+    labels = torch.bucketize(labels, torch.tensor(kept))
+    parts = {name: (pixels[chosen], labels[chosen]) for name, chosen in members.items()}
+    return [classes[i] for i in kept], parts, rows
 
 
-def load_data(args: Args) -> tuple[str, list[str], int, dict[str, tuple[torch.Tensor, torch.Tensor]], list[dict]]:
-    """Name, classes, side of the crops, {split: (images uint8 `(N, S, S, C)`, labels int64 `(N,)`)}, split.csv."""
-    kind, _, folder = args.dataset.partition(":")
-    rows = []
-    if kind == "folder" and folder:
+def load_data(args: Args) -> tuple[list[str], dict[str, tuple[torch.Tensor, torch.Tensor]], list[dict]]:
+    """Class names, {split: (images uint8 `(N, S, S, C)`, labels int64 `(N,)`)} and split.csv of a folder."""
+    if args.dataset.startswith("folder:"):
         args.image_size = args.image_size or 224
-        crop, name = args.image_size, os.path.basename(os.path.abspath(folder))
-        classes, parts, rows = read_folder(args, folder)
+        classes, parts, rows = read_folder(args, args.dataset.removeprefix("folder:"))
     elif args.dataset in TORCHVISION:
-        parts, name = {}, args.dataset
+        parts, rows = {}, []
         try:
             for split in ("train", "test"):
                 found = TORCHVISION[args.dataset](args.data_dir, train=split == "train", download=args.download)
-                images, classes = torch.as_tensor(found.data), list(found.classes)
+                images = torch.as_tensor(found.data)
                 parts[split] = images if images.ndim == 4 else images[..., None], torch.as_tensor(found.targets)
         except (RuntimeError, OSError) as error:
             hint = "" if args.download else "; --download fetches it"
             fail(f"--data-dir {args.data_dir}: {args.dataset} could not be read ({' '.join(str(error).split())}){hint}")
-        images, labels = parts["train"]
-        crop = images.shape[1]
-        args.image_size = args.image_size or crop
-        rank, size = rank_in_class(labels, random_stream(args.seed, "split"))
-        for split, members in (("train", rank >= tenth(size)), ("val", rank < tenth(size))):
+        classes, (images, labels) = list(found.classes), parts["train"]
+        args.image_size = args.image_size or images.shape[1]
+        rank, _, tenth = rank_in_class(labels, random_stream(args.seed, "split"))
+        for split, members in (("train", rank >= tenth), ("val", rank < tenth)):
             parts[split] = images[members], labels[members]
     else:
         fail(f"--dataset {args.dataset}: {', '.join(TORCHVISION)} or folder:DIR is expected")
     if args.train_fraction < 1:
         images, labels = parts["train"]
-        rank, size = rank_in_class(labels, random_stream(args.seed, "fraction"))
+        rank, size, _ = rank_in_class(labels, random_stream(args.seed, "fraction"))
         members = rank < (size * args.train_fraction).round().clamp(min=1)
         parts["train"] = images[members], labels[members]
-    return name, classes, crop, parts, rows
+    return classes, parts, rows
 
 
 class Images:
     """One split on the device, of which batches are cut out and normalised there."""
 
-    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor, crop: int, size: int, augment: str, moments: tuple):
+    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor, moments: tuple, crop: int, size: int, augment: str):
         """pixels uint8 `(N, S, S, C)`, of which a crop is resized to `size`; moments: mean and std, `(3,)` each."""
         self.labels, self.crop, self.size, self.augment = labels, crop, size, augment
-        self.mean, self.std = (value.to(pixels.device).view(1, 3, 1, 1) for value in moments)
+        self.mean, self.std = (value.view(1, 3, 1, 1) for value in moments)
         if pixels.shape[1] == crop and augment != "none":
             pixels = F.pad(pixels, (0, 0, *[crop // 8] * 4))
         self.span = pixels.shape[1] - crop
@@ -351,39 +336,15 @@ class Images:
 
 
 def pixel_statistics(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each of three channels over uint8 `(N, S, S, C)`: float32 `(3,)` on the CPU."""
-    sums, squares = 0.0, 0.0
-    for part in pixels.split(1_000):
-        values = part.double()
+    """Mean and standard deviation of each of three channels over uint8 `(N, S, S, C)`: float32 `(3,)` on its device."""
+    sums, squares, count = 0.0, 0.0, pixels[..., 0].numel()
+    for values in map(torch.Tensor.double, pixels.split(1_000)):
         sums, squares = sums + values.sum(dim=(0, 1, 2)), squares + values.square().sum(dim=(0, 1, 2))
-    count = pixels.numel() // pixels.shape[3]
-    mean = sums / count
-    std = (squares / count - mean.square()).clamp(min=1.0).sqrt()  # at least one grey level
-    return tuple(value.float().cpu().expand(3).contiguous() for value in (mean, std))
+    std = (squares / count - (sums / count).square()).clamp(min=1.0).sqrt()  # at least one grey level
+    return (sums / count).float().expand(3), std.float().expand(3)
 
 
 # The networks, all of which end in a linear layer `fc` ---------------------------------------------------------------
-class Block(nn.Module):
-    """Two convolutions and a shortcut without weights: subsampled and padded with zero channels (He et al., 2016)."""
-
-    def __init__(self, before: int, after: int, stride: int):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
-        self.conv2, self.bn2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after)
-        self.stride, self.more = stride, after - before
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.more:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
-        return F.relu(x + y)
-
-
-class Grey(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mean(dim=1).flatten(1)
-
-
 def make_network(arch: str, classes: int, image_size: int, generator: torch.Generator) -> nn.Module:
     """The network with Xavier-uniform weights; the MLP is LeNet-300-100 (LeCun et al., 1998) on grey images.
 
@@ -394,13 +355,17 @@ def make_network(arch: str, classes: int, image_size: int, generator: torch.Gene
         if image_size <= 64:  # or little would be left of the image after the stem
             network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     elif arch == "mlp":
-        hidden = nn.Linear(image_size**2, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU()
-        network = nn.Sequential(OrderedDict(trunk=nn.Sequential(Grey(), *hidden), fc=nn.Linear(100, classes)))
+        layers = [nn.AvgPool3d((3, 1, 1)), nn.Flatten(), nn.Linear(image_size**2, 300), nn.ReLU()]  # of grey images
+        trunk = nn.Sequential(*layers, nn.Linear(300, 100), nn.ReLU())
+        network = nn.Sequential(OrderedDict(trunk=trunk, fc=nn.Linear(100, classes)))
     else:
         if arch == "resnet20":
             widths, layers = [16] * 4 + [32] * 3 + [64] * 3, [nn.Conv2d(3, 16, 3, 1, 1, bias=False)]
             layers += [nn.BatchNorm2d(16), nn.ReLU()]
-            layers += [Block(one, two, 1 + (one != two)) for one, two in zip(widths, widths[1:])]
+            for one, two in zip(widths, widths[1:]):  # shortcuts: subsampled and padded (He et al., 2016, option A)
+                pad = nn.ConstantPad3d((0, 0, 0, 0, (two - one) // 2, (two - one) // 2), 0.0)
+                shortcut = nn.Sequential(nn.MaxPool2d(1, 2), pad) if one != two else None
+                layers.append(BasicBlock(one, two, 1 + (one != two), shortcut))
         else:
             widths, layers = [3, 32, 64, 128, 256], []
             for one, two in zip(widths, widths[1:]):
@@ -508,18 +473,22 @@ def learn(network: nn.Module, optimizer, sparse: tuple[list, list] | None, image
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, split: Images, batch_size: int, amp: bool) -> torch.Tensor:
+def evaluate(network: nn.Module, split: Images, amp: bool) -> torch.Tensor:
     """Loss and accuracy on a split: float64 `(2,)` on the device."""
     network.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
-    in_order = torch.arange(len(split.labels), device=split.labels.device)
-    for start in range(0, len(in_order), batch_size):
-        images, labels = split.batch(slice(start, start + batch_size), in_order)
+    for in_order in torch.arange(len(split.labels), device=split.labels.device).split(256):
+        images, labels = split.batch(slice(None), in_order)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
             logits = network(images)
         right = (logits.argmax(dim=1) == labels).sum()
         totals += torch.stack([F.cross_entropy(logits.float(), labels, reduction="sum"), right]).double()
-    return totals / len(in_order)
+    return totals / len(split.labels)
+
+
+def log_epoch(writer: SummaryWriter, entry: dict) -> None:
+    for name in ("train_loss", "val_loss", "val_accuracy", "learning_rate"):
+        writer.add_scalar(f"round_{entry['round']:02d}/{name}", entry[name], entry["epoch"])
 
 
 def rewind_steps(text: str, per_epoch: int) -> int:
@@ -532,16 +501,18 @@ def rewind_steps(text: str, per_epoch: int) -> int:
 
 # Tickets -------------------------------------------------------------------------------------------------------------
 def load_file(path: str, needed: set[str]) -> dict:
-    """A ticket {mask: bool by name, weights: the rewound and masked state, trained: the state at the round's end, meta}
-    or a checkpoint, on the CPU."""
+    """A checkpoint, or a ticket {mask: bool by name, weights: at the round's start, trained: at its end, meta}."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = "it is damaged or of another program" if os.path.isfile(path) else str(error)
-        fail(f"{path} cannot be loaded: {reason}")
-    if not isinstance(content, dict) or not needed <= set(content):
-        fail(f"{path} is not a file of this script: {', '.join(sorted(needed))} are expected in it")
-    return content
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return content | {name: content[name] for name in needed}
+    except FileNotFoundError as error:
+        fail(str(error))
+    except Exception:  # not torch's advice to load it without weights_only
+        fail(f"{path} is damaged or not a file of this script")
+
+
+def shapes(state: dict) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items() if not name.startswith("fc.")}
 
 
 def start_from_ticket(network: nn.Module, path: str, control: str, seed: int) -> dict[str, torch.Tensor]:
@@ -549,25 +520,17 @@ def start_from_ticket(network: nn.Module, path: str, control: str, seed: int) ->
 
     The last layer stays as it is, so that it is the same in all arms.
     """
-    ticket, own, masks = load_file(path, TICKET), network.state_dict(), {}
-    for name, weight in prunable(network).items():
-        mask = ticket["mask"].get(name)
-        if mask is None or mask.shape != weight.shape:
-            found = "missing" if mask is None else tuple(mask.shape)
-            fail(f"{path}: the mask of {name} is {found}, and {tuple(weight.shape)} is needed at this --image-size")
-        masks[name] = mask.bool()
+    ticket, own = load_file(path, TICKET), network.state_dict()
+    if shapes(ticket["mask"]) != shapes(prunable(network)) or shapes(ticket["weights"]) != shapes(own):
+        fail(f"{path} does not fit the network for images of this size: its layers are others")
+    masks = {name: mask for name, mask in ticket["mask"].items() if not name.startswith("fc.")}
     if control == "random-mask":
         masks = random_masks(masks, ticket["meta"]["pruning"], seed)
         # the weights that the mask may need and the ticket has pruned
         ticket = load_file(os.path.join(os.path.dirname(path), "round_00.pt"), TICKET)
     if control != "reinit":
         state = ticket["trained" if control == "trained" else "weights"]
-        body = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
-        wrong = [name for name in own if not name.startswith("fc.")
-                 and (name not in body or body[name].shape != own[name].shape)]  # fmt: skip
-        if wrong:
-            fail(f"{path}: the weights do not fit a {ticket['meta']['arch']}: {some(wrong)}")
-        network.load_state_dict(body, strict=False)
+        network.load_state_dict(own | {name: state[name] for name in shapes(state)})
     apply_masks(network, masks)
     return masks
 
@@ -586,74 +549,70 @@ PUBLISHED = {
 T95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 1 to 9 degrees of freedom
 
 
-def mean_and_half(values: list[float]) -> tuple[float, float | None]:
-    """The mean and half of its 95 % interval (Student's t), None for a single value."""
-    if len(values) < 2:
-        return values[0], None
-    t = T95[len(values) - 2] if len(values) < 11 else 1.96 + 2.5 / (len(values) - 1)
-    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values))
+def mean_and_half(shares: list[float]) -> tuple[float, float]:
+    """The mean, in percent, and half of its 95 % interval (Student's t; 0 for a single value)."""
+    t, n = T95[min(len(shares), 10) - 2], len(shares)
+    return 100 * statistics.fmean(shares), 100 * t * statistics.stdev(shares) / math.sqrt(n) if n > 1 else 0.0
 
 
-def shown(values: list[float]) -> str:
-    """Mean and half interval of shares, in percent."""
-    if not values:
-        return "–"
-    mean, half = mean_and_half([100 * value for value in values])
-    return f"{mean:.2f}" + ("" if half is None else f" ± {half:.2f}")
+def shown(shares: list[float]) -> str:
+    mean, half = mean_and_half(shares) if shares else (math.nan, 0.0)
+    return f"{mean:.2f} ± {half:.2f}" if half else f"{mean:.2f}".replace("nan", "–")
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
 
 
-def save_figure(figure, path: str) -> None:
-    save_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
-    pyplot.close(figure)
-
-
 def read_settings(run_dir: str) -> dict:
-    path = os.path.join(run_dir, "hyperparameters.json")
     try:
-        with open(path) as file:
-            settings = json.load(file)
-        return settings | {name: settings[name] for name in ("target", "arm", "seed", "exp_name", "control")}
+        settings = json.loads(Path(run_dir, "hyperparameters.json").read_text())
+        return settings | {name: settings[name] for name in ("target", "arm", "seed", "control")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{path} is not of this script: {error!r}")
+        fail(f"{run_dir} is not a run of this script: {error!r} in hyperparameters.json")
 
 
-def different(one: dict, other: dict, ignored: set[str]) -> list[str]:
-    names = sorted(set(one) | set(other) - ignored)
-    return [f"{name} {one.get(name)} and {other.get(name)}" for name in names if one.get(name) != other.get(name)]
+def differences(one: dict, other: dict, ignored: set[str]) -> str:
+    names = [name for name in sorted({*one, *other} - ignored) if one.get(name) != other.get(name)]
+    return "; ".join(f"{name} {one.get(name)} and {other.get(name)}" for name in names)
 
 
 def read_runs(folders: list[str]) -> dict[str, dict[str, list[tuple[dict, dict[int, dict]]]]]:
     """{target: {arm: [(settings, {round: row}) of every seed]}}"""
     found = defaultdict(lambda: defaultdict(list))
-    paths = {os.path.realpath(root) for folder in folders for root, _, names in os.walk(folder)
-             if "hyperparameters.json" in names}  # fmt: skip
-    for path in sorted(paths):
-        settings = read_settings(path) | {"path": path}
-        arm = settings["arm"]
-        if settings["exp_name"] != Args.exp_name:
-            arm += f" ({settings['exp_name']})"
-        try:
-            with open(os.path.join(path, "results.csv"), newline="") as file:
-                table = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        except FileNotFoundError:
-            say(f"{path}: no round is finished yet")
-            continue
-        except (OSError, TypeError, ValueError) as error:
-            fail(f"{path}/results.csv: {error}")
-        for other, _ in found[settings["target"]][arm]:
+    paths = [path for folder in folders for path in glob.glob(f"{glob.escape(folder)}/**/results.csv", recursive=True)]
+    for path in sorted({os.path.realpath(path) for path in paths}):
+        settings = read_settings(os.path.dirname(path)) | {"path": path}
+        other_name = f" ({settings['exp_name']})" if settings["exp_name"] != Args.exp_name else ""
+        group = found[settings["target"]][settings["arm"] + other_name]
+        for other, _ in group:
             if other["seed"] == settings["seed"]:
                 fail(f"{path} and {other['path']} are the same run twice")
-            differ = different(other, settings, {*CHANGEABLE.split(), "seed", "source", "source_seed", "path", "flags"})
-            if differ:
-                fail(f"{other['path']} and {path} are of one arm but differ in {', '.join(differ)}")
-        found[settings["target"]][arm].append((settings, {int(row["round"]): row for row in table}))
+            if differ := differences(other, settings, {"seed", "source_seed", "path", "flags"}):
+                fail(f"{other['path']} and {path} are of one arm but differ in {differ}")
+        with open(path, newline="") as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        group.append((settings, {int(row["round"]): row for row in rows}))
     if not found:
         fail(f"--report {' '.join(folders)}: no runs with results there")
     return found
+
+
+def plot_accuracy(axes, label: str, runs: list[dict[int, dict]], measure: str = "test_accuracy") -> None:
+    """Mean of the runs and its 95 % interval against the weights that are left."""
+    rounds = sorted(set().union(*runs))
+    rows = [[rows[r] for rows in runs if r in rows] for r in rounds]
+    left = [100 * (1 - statistics.fmean(row["sparsity"] for row in group)) for group in rows]
+    means, halves = np.array([mean_and_half([row[measure] for row in group]) for group in rows]).T
+    if label.startswith("dense"):  # there is one, to be compared with all sparsities
+        axes.axhline(means[0], color="black", linestyle="--", label=label)
+        axes.axhspan(means[0] - halves[0], means[0] + halves[0], color="black", alpha=0.1, linewidth=0)
+    else:
+        (line,) = axes.plot(left, means, marker=".", label=label)
+        axes.fill_between(left, means - halves, means + halves, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set(xscale="log", xlabel="weights left, %", ylabel="accuracy, %")
+    axes.set_xlim(110, min(*axes.get_xlim(), 0.9 * left[-1]))
+    axes.xaxis.set_major_formatter("{x:g}")
 
 
 def report(folders: list[str], out: str) -> None:
@@ -662,24 +621,24 @@ def report(folders: list[str], out: str) -> None:
     for target, arms in sorted(read_runs(folders).items()):
         arms = dict(sorted(arms.items(), key=lambda item: (item[0] != "dense", not item[0].startswith("own"), item[0])))
         runs = {arm: [rows for _, rows in group] for arm, group in arms.items()}
-        rounds = sorted({r for group in runs.values() for rows in group for r in rows})
+        labels = {arm: f"{arm}, n = {len(runs[arm])}" for arm in runs}
 
         def at(arm: str, r: int, measure: str = "test_accuracy") -> list[float]:
             return [rows[r][measure] for rows in runs[arm] if r in rows]
 
         print(f"### {target}: test accuracy in %, mean ± half of the 95 % interval over seeds\n")
         lines = []
-        for r in rounds:
+        for r in sorted({r for group in runs.values() for rows in group for r in rows}):
             sparsities = sorted({f"{value:.3f}" for arm in runs for value in at(arm, r, "sparsity")})
             lines.append([str(r), " / ".join(sparsities), *(shown(at(arm, r)) for arm in runs)])
-        print(markdown(["round", "sparsity", *(f"{arm}, n = {len(runs[arm])}" for arm in runs)], lines))
+        print(markdown(["round", "sparsity", *labels.values()], lines))
         published = PUBLISHED.get(re.sub(r"[\s_]+", "-", target.lower()), "").split(", ")
         published, lines = dict(zip(PUBLISHED_ARMS, published)), []
         for arm, group in runs.items():
             cells = []
-            in_all = set.intersection(*map(set, group))
             for measure in ("val_accuracy", "test_accuracy"):
-                best = max(sorted(in_all), key=lambda r: statistics.fmean(at(arm, r, measure)))
+                in_all = sorted(set.intersection(*map(set, group)))
+                best = max(in_all, key=lambda r: statistics.fmean(at(arm, r, measure)))
                 cells.append(f"{shown(at(arm, best))} ({statistics.fmean(at(arm, best, 'sparsity')):.3f})")
             settings = arms[arm][0][0]
             alike = settings["control"] in ("none", "dense") and settings["train_fraction"] == 1
@@ -689,23 +648,17 @@ def report(folders: list[str], out: str) -> None:
         print(markdown(head, lines))
         figure, axes = pyplot.subplots(figsize=(8.5, 4.2), layout="constrained")
         for arm in runs:
-            points = [r for r in rounds if at(arm, r)]
-            left = [100 * (1 - statistics.fmean(at(arm, r, "sparsity"))) for r in points]
-            found = [mean_and_half([100 * value for value in at(arm, r)]) for r in points]
-            means, halves = np.array([mean for mean, _ in found]), np.array([half or 0.0 for _, half in found])
-            if arm.startswith("dense"):  # there is one, to be compared with all sparsities
-                axes.axhline(means[0], color="black", linestyle="--", label=f"{arm}, n = {len(runs[arm])}")
-                axes.axhspan(means[0] - halves[0], means[0] + halves[0], color="black", alpha=0.1, linewidth=0)
-                continue
-            (line,) = axes.plot(left, means, marker=".", label=f"{arm}, n = {len(runs[arm])}")
-            axes.fill_between(left, means - halves, means + halves, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set(xscale="log", xlabel="weights left, %", ylabel="test accuracy, %", title=target, ylim=(0, 101))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.invert_xaxis()
+            plot_accuracy(axes, labels[arm], runs[arm])
+        axes.set_title(target)
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         path = os.path.join(out, f"lottery_{target}.png".replace(" ", "_"))
         save_figure(figure, path)
         print(f"{path}\n")
+
+
+def save_figure(figure, path: str) -> None:
+    save_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
+    pyplot.close(figure)
 
 
 def draw_curves(run_dir: str, rows: list[dict], history: list[dict]) -> None:
@@ -717,125 +670,103 @@ def draw_curves(run_dir: str, rows: list[dict], history: list[dict]) -> None:
         losses.plot(epochs, [entry["train_loss"] for entry in entries], color=color, linestyle=":")
         losses.plot(epochs, [entry["val_loss"] for entry in entries], color=color, label=f"round {row['round']}")
     losses.set(xlabel="epoch", ylabel="loss", yscale="log", title="dotted: training, solid: validation")
-    losses.legend(fontsize=6, ncols=2)
-    left = [100 * (1 - row["sparsity"]) for row in rows]
     for split in ("val", "test"):
-        accuracies.plot(left, [100 * row[f"{split}_accuracy"] for row in rows], marker=".", label=split)
-    accuracies.set(xscale="log", xlabel="weights left, %", ylabel="accuracy, %", title=os.path.basename(run_dir))
-    accuracies.xaxis.set_major_formatter("{x:g}")
-    accuracies.invert_xaxis()
-    accuracies.legend()
+        plot_accuracy(accuracies, split, [{row["round"]: row for row in rows}], f"{split}_accuracy")
+    accuracies.set_title(os.path.basename(run_dir), fontsize=8)
+    for axes in (losses, accuracies):
+        axes.legend(fontsize=6, ncols=2)
     save_figure(figure, os.path.join(run_dir, "curves.png"))
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description="Finds lottery tickets on one set of images and trains them on another.")
-    if args.report:
-        report(args.report, args.out)
-        sys.exit()
     run_dir = args.resume
     if run_dir:
         run_dir = os.path.dirname(os.path.abspath(run_dir)) if os.path.isfile(run_dir) else run_dir
-        saved = read_settings(run_dir).get("flags", {})
-        args = tyro.cli(Args, default=Args(**{name: saved[name] for name in vars(args) if name in saved}))
+        args = tyro.cli(Args, default=Args(**read_settings(run_dir).get("flags", {})))
+    if args.report:
+        sys.exit(report(args.report, args.out))
     flags = {name: value for name, value in vars(args).items() if name not in ("resume", "download")}
     for name, (low, high) in BOUNDS.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} must be between {low} and {high}, not {value}")
-    if (args.control in ("reinit", "random-mask", "trained") and not args.tickets) or (
-        args.control == "lr-rewinding" and args.tickets
-    ):
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            fail(f"--{name.replace('_', '-')} must be between {low} and {high}, not {getattr(args, name)}")
+    if args.control not in ("none", "dense") and bool(args.tickets) == (args.control == "lr-rewinding"):
         fail(f"--control {args.control} is for runs {'without' if args.tickets else 'with'} --tickets")
-    on_cuda = args.cuda and torch.cuda.is_available()
-    device = torch.device("cuda" if on_cuda else "cpu")
-    amp = args.amp and on_cuda
-    if args.workers is None:
-        args.workers = os.cpu_count() or 1 if on_cuda else 4
+
+    # The tickets, {round: path}, and what they say about the network
+    tickets, source = {}, {}
+    if args.tickets:
+        for path in sorted(glob.glob(f"{glob.escape(args.tickets)}/round_*.pt")) or [args.tickets]:
+            source = load_file(path, TICKET)["meta"]
+            tickets |= {source["round"]: path} if source["round"] < args.rounds else {}
+        for name in ("arch", "pruning", "rewind"):
+            if getattr(args, name) not in (None, source[name]):
+                fail(f"--{name} {getattr(args, name)}: {args.tickets} has {source[name]}")
+            setattr(args, name, source[name])
+        args.prune_fraction, args.image_size = source["prune_fraction"], args.image_size or source["image_size"]
+    args.arch, args.pruning, args.rewind = args.arch or "resnet50", args.pruning or "global", args.rewind or "2ep"
+    args.epochs = args.epochs or (6 if args.arch in ("conv", "mlp") else 90)
+    args.milestones = args.milestones or [round(args.epochs * share / 90) for share in (50, 60, 75)]
+    if args.control == "dense":
+        tickets, source, args.pruning, args.rewind, args.prune_fraction = {0: None}, {}, None, None, None
+
+    # TRY NOT TO MODIFY: device, and signals that end the run as Ctrl-C does unless nohup ignores them
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    amp = args.amp and device.type == "cuda"
     torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("high")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, unless nohup has it ignored
+    for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
 
-    # The tickets, {round: path}, and what they say about the network
-    tickets, source = {}, None
-    if args.tickets:
-        paths = sorted(glob.glob(f"{glob.escape(args.tickets)}/round_*.pt")) or [args.tickets]
-        if os.path.isdir(paths[0]):
-            fail(f"--tickets {args.tickets}: no round_RR.pt in it")
-        source = load_file(paths[0], TICKET)["meta"]
-        tickets = {source["round"] + i: path for i, path in enumerate(paths)}
-        for name in ("arch", "pruning", "rewind"):
-            if getattr(args, name) not in (None, source[name]):
-                fail(f"--{name} {getattr(args, name)}: {paths[0]} has {source[name]}")
-            setattr(args, name, source[name])
-        tickets = {r: path for r, path in tickets.items() if r < args.rounds or len(paths) == 1}
-        args.prune_fraction, args.image_size = source["prune_fraction"], args.image_size or source["image_size"]
-    args.arch, args.pruning, args.rewind = args.arch or "resnet50", args.pruning or "global", args.rewind or "2ep"
-    args.epochs = args.epochs or {"conv": 6, "mlp": 6}.get(args.arch, 90)
-    args.milestones = args.milestones or [round(args.epochs * share / 90) for share in (50, 60, 75)]
-    if args.control == "dense":
-        tickets, source, args.pruning, args.rewind, args.prune_fraction = {0: None}, None, None, None, None
-
     # Data
+    target = os.path.basename(os.path.abspath(args.dataset.removeprefix("folder:")))
     try:
-        data_name, classes, crop, parts, split_rows = load_data(args)
+        classes, parts, split_rows = load_data(args)
     except KeyboardInterrupt:
         sys.exit(130)
     sizes = {split: len(parts[split][1]) for split in SPLITS}
-    say(f"{data_name}: {', '.join(f'{n:,} {split}' for split, n in sizes.items())} images, {len(classes):,} classes")
+    say(f"{target}: {', '.join(f'{n:,} {split}' for split, n in sizes.items())} images, {len(classes):,} classes")
     full, rest = divmod(sizes["train"], args.batch_size)
     per_epoch = full + (rest > 1)  # one image alone is no batch: batch normalisation needs two values
-    if not per_epoch:
-        fail(f"--dataset {args.dataset}: too few images")
     parts = {split: tuple(tensor.contiguous().to(device) for tensor in parts[split]) for split in SPLITS}
     moments = pixel_statistics(parts["train"][0])
-    images = {split: Images(*parts[split], crop, args.image_size, args.augment if split == "train" else "none", moments)
-              for split in SPLITS}  # fmt: skip
+    crop = args.image_size if split_rows else parts["train"][0].shape[1]  # folders were read with a margin for crops
+    augment = dict.fromkeys(SPLITS, "none") | {"train": args.augment}
+    images = {split: Images(*parts[split], moments, crop, args.image_size, augment[split]) for split in SPLITS}
     total, keep_from = args.epochs * per_epoch, 0 if tickets else rewind_steps(args.rewind, per_epoch)
     if keep_from >= total:
         fail(f"--rewind {args.rewind} is {keep_from:,} updates, and a round has {total:,}")
-    built_for = source["built_for"] if source else args.image_size
-    if args.arch == "mlp" and built_for != args.image_size:
-        fail(f"--image-size {args.image_size}: this ticket is a network for {built_for} pixels and nothing else")
 
     # TRY NOT TO MODIFY: the run's folder, which one process at a time may write, and its settings
-    arm = "dense" if args.control == "dense" else f"{source['dataset'] if source else 'own'}-{args.pruning}"
+    arm = "dense" if args.control == "dense" else f"{source.get('dataset', 'own')}-{args.pruning}"
     arm += f"-{args.control}" if args.control not in ("none", "dense") else ""
     arm += f"-{args.train_fraction:g}" if args.train_fraction < 1 else ""
-    run_name = f"{data_name}__{args.exp_name}__{args.arch}__{arm}__{args.seed}"
+    run_name = f"{target}__{args.exp_name}__{args.arch}__{arm}__{args.seed}"
     if re.search(r"[/\\\0\n\r]", run_name):
         fail(f"{run_name!r}, of --dataset, --exp-name and the ticket, is not the name of a folder")
     run_dir = run_dir or os.path.join(args.logdir, run_name)
     settings = {name: value for name, value in vars(args).items() if name not in CHANGEABLE.split()}
-    settings |= {"target": data_name, "arm": arm, "classes": classes, "images": [*sizes.values()]}
-    if source:
-        settings |= {"source_dataset": source["dataset"], "source_seed": source["seed"]}
+    settings |= {"target": target, "arm": arm, "classes": classes, "images": [*sizes.values()]}
+    settings |= {f"source_{name}": source[name] for name in ("dataset", "seed") if source}
+    built_for = source.get("built_for", args.image_size)
     try:
         os.makedirs(run_dir, exist_ok=True)
         lock = open(os.path.join(run_dir, ".lock"), "w")
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another process is writing to {run_dir}")
     except OSError as error:
-        fail(f"--logdir {args.logdir}: {error}")
-    for left_over in glob.glob(os.path.join(glob.escape(run_dir), "*.tmp")):
+        fail(f"{run_dir} cannot be written, or another process does it: {error}")
+    for left_over in glob.glob(f"{glob.escape(run_dir)}/*.tmp"):
         os.remove(left_over)
-    settings_path, results_path, last_path = (
-        os.path.join(run_dir, file) for file in ("hyperparameters.json", "results.csv", "last.pt")
-    )
-    state = {"rows": [], "history": [], "round": None}
-    if os.path.isfile(settings_path):
-        differ = different(read_settings(run_dir), settings, {"flags"})
-        if differ:
-            fail(f"{run_dir} was made with {'; '.join(differ)} here: another --exp-name makes another run")
+    state, last_path = {"rows": [], "history": [], "round": None}, os.path.join(run_dir, "last.pt")
     if os.path.isfile(last_path):
         state = load_file(last_path, set(state))
+        if differ := differences(read_settings(run_dir), settings, {"flags"}):
+            fail(f"{run_dir} was made with other flags: {differ}; another --exp-name makes another run")
     text = json.dumps(settings | {"flags": flags}, indent=1)
-    save_atomically(settings_path, lambda path: Path(path).write_text(text))
+    save_atomically(f"{run_dir}/hyperparameters.json", lambda path: Path(path).write_text(text))
     if split_rows:
-        write_table(os.path.join(run_dir, "split.csv"), split_rows)
+        save_table(f"{run_dir}/split.csv", split_rows)
     to_do = [r for r in (tickets or range(args.rounds)) if r not in {row["round"] for row in state["rows"]}]
     if args.track:
         import wandb
@@ -844,8 +775,8 @@ if __name__ == "__main__":
 
     # ALGO LOGIC: the network. A control that begins at random must not begin with the source's own initial weights, and
     # the last layer is the same in all arms.
-    role = "control" if tickets else "source"
-    network = make_network(args.arch, len(classes), built_for, random_stream(args.seed, role))
+    role = random_stream(args.seed, "control" if tickets else "source")
+    network = make_network(args.arch, len(classes), built_for, role)
     xavier(network.fc, random_stream(args.seed, "head"))
     network = network.to(device)
     initial = copy.deepcopy(network.state_dict())
@@ -855,7 +786,7 @@ if __name__ == "__main__":
     say(f"{args.arch} for images of {args.image_size} pixels: {everything:,} parameters, {prunable_count:,} prunable")
     say(f"{run_dir}: {len(state['rows'])} rounds are done, {len(to_do)} to do, on {device}")
     begun = saved_at = time.perf_counter()
-    last_line, updates = 0.0, 0
+    updates = 0
     try:
         for to_come, r in zip(reversed(range(len(to_do))), to_do):
             # ALGO LOGIC: what the round begins with
@@ -880,22 +811,14 @@ if __name__ == "__main__":
             if state["round"] and state["round"]["round"] == r:
                 network.load_state_dict(state["round"]["network"])
                 optimizer.load_state_dict(state["round"]["optimizer"])
-                step, best, stale, start, seconds = (
-                    state["round"][name] for name in ("step", "best", "stale", "start", "seconds")
-                )
-
-            # TRY NOT TO MODIFY: the round's own event file, written anew so that no point is there twice
+                names = ("step", "best", "stale", "start", "seconds")
+                step, best, stale, start, seconds = (state["round"][name] for name in names)
             for events in glob.glob(f"{glob.escape(run_dir)}/events*.round_{r:02d}"):
-                os.remove(events)
+                os.remove(events)  # they are written anew, so that no point is there twice
             writer = SummaryWriter(run_dir, filename_suffix=f".round_{r:02d}")
-
-            def log(entry: dict) -> None:
-                for name in ("train_loss", "val_loss", "val_accuracy", "learning_rate"):
-                    writer.add_scalar(f"round_{entry['round']:02d}/{name}", entry[name], entry["epoch"])
-
             for entry in state["history"]:
                 if entry["round"] == r:
-                    log(entry)
+                    log_epoch(writer, entry)
             round_begun, first_step = time.perf_counter(), step
 
             # ALGO LOGIC: training, with the learning rates and the images that belong to the epoch
@@ -914,62 +837,55 @@ if __name__ == "__main__":
                     pictures, labels = images["train"].batch(part, *plan)
                     loss = learn(forward, optimizer, sparse, pictures, labels, amp)
                     loss_sum, seen = loss_sum + loss * len(labels), seen + len(labels)
-                    step, updates, now = step + 1, updates + 1, time.perf_counter()
-                    if now - last_line > (1 if sys.stdout.isatty() else 30):
-                        last_line, per_second = now, updates / (now - begun)
-                        eta = timedelta(seconds=int((total - step + to_come * (total - keep_from)) / per_second))
-                        say(f"round {r} epoch {epoch + 1}/{args.epochs} {(batch + 1) / per_epoch:.0%}  loss "
-                            f"{float(loss_sum) / seen:.4f}  {per_second * args.batch_size:,.0f} images/s  "
-                            f"ETA of the run {eta} at most", stay=False)  # fmt: skip
+                    step, updates = step + 1, updates + 1
+                    speed = updates / (time.perf_counter() - begun)
+                    eta = (total - step + to_come * (total - keep_from)) / speed
+                    progress(lambda: f"round {r} epoch {epoch + 1}/{args.epochs} {(batch + 1) / per_epoch:.0%}  "
+                             f"loss {float(loss_sum) / seen:.4f}  {speed * args.batch_size:,.0f} images/s  "
+                             f"ETA of the run {timedelta(seconds=int(eta))} at most")  # fmt: skip
                 entry = {"round": r, "epoch": epoch + 1, "train_loss": float(loss_sum) / seen, "learning_rate": rate}
-                loss, accuracy = evaluate(forward, images["val"], max(args.batch_size, 256), amp).tolist()
-                entry |= {"val_loss": loss, "val_accuracy": accuracy}
-                if not math.isfinite(entry["train_loss"] + loss):
-                    fail(f"the loss is not finite in round {r}, epoch {epoch + 1}: lower --learning-rate")
-                log(entry)
-                now_state = copy.deepcopy({"network": network.state_dict(), "optimizer": optimizer.state_dict()})
+                entry["val_loss"], entry["val_accuracy"] = evaluate(forward, images["val"], amp).tolist()
+                if not math.isfinite(entry["train_loss"] + entry["val_loss"]):
+                    fail(f"the loss is not finite in round {r}, epoch {epoch + 1}: try a lower --learning-rate")
+                log_epoch(writer, entry)
+                snapshot = copy.deepcopy({"network": network.state_dict(), "optimizer": optimizer.state_dict()})
                 stale += 1
-                if loss < best["val_loss"] or not args.patience:
-                    best, stale = entry | {"network": now_state["network"]}, 0
-                now_state |= {"round": r, "step": step, "best": best, "stale": stale, "start": start}
-                now_state |= {"seconds": seconds + time.perf_counter() - round_begun}
-                state = {"rows": state["rows"], "history": [*state["history"], entry], "round": now_state}
+                if entry["val_loss"] < best["val_loss"] or not args.patience:
+                    best, stale = entry | {"network": snapshot["network"]}, 0
+                spent = seconds + time.perf_counter() - round_begun
+                snapshot |= {"round": r, "step": step, "best": best, "stale": stale, "start": start, "seconds": spent}
+                state = {"rows": state["rows"], "history": [*state["history"], entry], "round": snapshot}
                 if time.perf_counter() - saved_at > 30:
                     save_atomically(last_path, lambda path: torch.save(state, path))
                     saved_at = time.perf_counter()
 
             # The test images, once, with the weights of the lowest validation loss (without --patience the last)
             network.load_state_dict(best["network"])
-            _, test_accuracy = evaluate(forward, images["test"], max(args.batch_size, 256), amp).tolist()
-            for name, mask in masks.items():
-                assert (weights[name][~mask.to(device)] == 0).all(), f"pruned weights of {name} are not zero"
-            spent = seconds + time.perf_counter() - round_begun
+            _, test_accuracy = evaluate(forward, images["test"], amp).tolist()
+            assert all((weights[name][~mask.to(device)] == 0).all() for name, mask in masks.items()), "a mask leaks"
+            spent, updates_of_round = time.perf_counter() - round_begun, step - first_step
             row = {"round": r, "sparsity": 1 - remaining / prunable_count, "remaining": remaining}
             row |= {"prunable": prunable_count, "parameters": everything - prunable_count + remaining}
             row |= {"val_accuracy": best["val_accuracy"], "test_accuracy": test_accuracy, "val_loss": best["val_loss"]}
-            row |= {"best_epoch": best["epoch"], "epochs": step // per_epoch, "seconds": round(spent, 1)}
-            meta = {"arch": args.arch, "dataset": data_name, "image_size": args.image_size, "built_for": built_for}
-            meta |= {"classes": classes, "mean": moments[0].tolist(), "std": moments[1].tolist(), "seed": args.seed}
-            meta |= {"pruning": args.pruning, "prune_fraction": args.prune_fraction, "rewind": args.rewind} | row
-            meta |= {"train_fraction": args.train_fraction}
+            row |= {"best_epoch": best["epoch"], "epochs": step // per_epoch, "seconds": round(seconds + spent, 1)}
+            meta = settings | {"dataset": target, "built_for": built_for} | row
+            meta |= {"mean": moments[0].tolist(), "std": moments[1].tolist()}
             ticket = {"mask": masks, "weights": start, "trained": best["network"], "meta": meta}
             if not tickets or args.save_networks:
-                name = "network" if tickets else "round"
-                path = os.path.join(run_dir, f"{name}_{r:02d}.pt")
+                path = f"{run_dir}/{'network' if tickets else 'round'}_{r:02d}.pt"
                 save_atomically(path, lambda path: torch.save(ticket, path))
             for name in ("sparsity", "remaining", "val_accuracy", "test_accuracy", "best_epoch", "epochs"):
                 writer.add_scalar(f"rounds/{name}", row[name], r)
-            speed = (step - first_step) * args.batch_size / (time.perf_counter() - round_begun)
-            writer.add_scalar("charts/images_per_second", speed, r)
+            writer.add_scalar("charts/images_per_second", updates_of_round * args.batch_size / spent, r)
             writer.close()
             rows = sorted([*state["rows"], row], key=lambda row: row["round"])
             state = {"rows": rows, "history": state["history"], "round": None}
-            write_table(results_path, rows)
+            save_table(f"{run_dir}/results.csv", rows)
             draw_curves(run_dir, rows, state["history"])
             save_atomically(last_path, lambda path: torch.save(state, path))
             say(f"round {r}: {remaining:,} of {prunable_count:,} weights (sparsity {row['sparsity']:.4f}); validation "
                 f"{row['val_accuracy']:.4f}, test {test_accuracy:.4f}, after epoch {best['epoch']} of {row['epochs']}; "
-                f"{row['seconds']:,.0f} s, {speed:,.0f} images/s")  # fmt: skip
+                f"{row['seconds']:,.0f} s")  # fmt: skip
     except (KeyboardInterrupt, BrokenPipeError):
         save_atomically(last_path, lambda path: torch.save(state, path))
         sys.stdout = sys.stderr
