@@ -100,6 +100,7 @@ class Args:
 SPLITS = ("train", "val", "test")
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
 MAX_PIXELS = 2**28  # of an image in memory, before and after resizing
+pyplot.switch_backend("Agg")
 Image.MAX_IMAGE_PIXELS = None  # scans of museums exceed Pillow's limit
 TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion-mnist": datasets.FashionMNIST,
                "mnist": datasets.MNIST}  # fmt: skip
@@ -345,10 +346,10 @@ def pixel_statistics(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # The networks, all of which end in a linear layer `fc` ---------------------------------------------------------------
-def make_network(arch: str, classes: int, image_size: int, generator: torch.Generator) -> nn.Module:
+def make_network(arch: str, classes: int, image_size: int, generator, head=None, device="cpu") -> nn.Module:
     """The network with Xavier-uniform weights; the MLP is LeNet-300-100 (LeCun et al., 1998) on grey images.
 
-    It is on the CPU, where `generator` draws; move it to the device afterwards.
+    `generator` (for the last layer `head`, if given) draws on the CPU, the same weights for all devices.
     """
     if arch in ("resnet50", "resnet18"):
         network = getattr(models, arch)(weights=None, num_classes=classes)
@@ -373,16 +374,12 @@ def make_network(arch: str, classes: int, image_size: int, generator: torch.Gene
                 layers += [nn.MaxPool2d(2, ceil_mode=True)]
         trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         network = nn.Sequential(OrderedDict(trunk=trunk, fc=nn.Linear(widths[-1], classes)))
-    for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            xavier(module, generator)
-    return network.to(memory_format=torch.channels_last)
-
-
-def xavier(module: nn.Module, generator: torch.Generator) -> None:
-    nn.init.xavier_uniform_(module.weight, generator=generator)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
+    modules = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    for module, drawn_from in [*((module, generator) for module in modules), (network.fc, head or generator)]:
+        nn.init.xavier_uniform_(module.weight, generator=drawn_from)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    return network.to(device, memory_format=torch.channels_last)
 
 
 def prunable(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -613,6 +610,7 @@ def plot_accuracy(axes, label: str, runs: list[dict[int, dict]], measure: str = 
     axes.set(xscale="log", xlabel="weights left, %", ylabel="accuracy, %")
     axes.set_xlim(110, min(*axes.get_xlim(), 0.9 * left[-1]))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
 
 
 def report(folders: list[str], out: str) -> None:
@@ -775,10 +773,8 @@ if __name__ == "__main__":
 
     # ALGO LOGIC: the network. A control that begins at random must not begin with the source's own initial weights, and
     # the last layer is the same in all arms.
-    role = random_stream(args.seed, "control" if tickets else "source")
-    network = make_network(args.arch, len(classes), built_for, role)
-    xavier(network.fc, random_stream(args.seed, "head"))
-    network = network.to(device)
+    generators = (random_stream(args.seed, purpose) for purpose in ("control" if tickets else "source", "head"))
+    network = make_network(args.arch, len(classes), built_for, *generators, device)
     initial = copy.deepcopy(network.state_dict())
     forward = torch.compile(network) if args.compile else network
     weights = prunable(network)
@@ -862,7 +858,8 @@ if __name__ == "__main__":
             # The test images, once, with the weights of the lowest validation loss (without --patience the last)
             network.load_state_dict(best["network"])
             _, test_accuracy = evaluate(forward, images["test"], amp).tolist()
-            assert all((weights[name][~mask.to(device)] == 0).all() for name, mask in masks.items()), "a mask leaks"
+            begun_with, trained = ({k: tensor.cpu() for k, tensor in part.items()} for part in (start, best["network"]))
+            assert all((trained[name][~mask] == 0).all() for name, mask in masks.items()), "pruned weights moved"
             spent, updates_of_round = time.perf_counter() - round_begun, step - first_step
             row = {"round": r, "sparsity": 1 - remaining / prunable_count, "remaining": remaining}
             row |= {"prunable": prunable_count, "parameters": everything - prunable_count + remaining}
@@ -870,7 +867,7 @@ if __name__ == "__main__":
             row |= {"best_epoch": best["epoch"], "epochs": step // per_epoch, "seconds": round(seconds + spent, 1)}
             meta = settings | {"dataset": target, "built_for": built_for} | row
             meta |= {"mean": moments[0].tolist(), "std": moments[1].tolist()}
-            ticket = {"mask": masks, "weights": start, "trained": best["network"], "meta": meta}
+            ticket = {"mask": masks, "weights": begun_with, "trained": trained, "meta": meta}
             if not tickets or args.save_networks:
                 path = f"{run_dir}/{'network' if tickets else 'round'}_{r:02d}.pt"
                 save_atomically(path, lambda path: torch.save(ticket, path))
