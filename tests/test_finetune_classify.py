@@ -1,22 +1,26 @@
 """Classification: data and its defects, networks, strategies, metrics, and whole runs on pictures made here."""
 
 import csv
-import importlib
+import os
+import resource
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import finetune_classify as fc
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, only_run, run, scalars
 from PIL import Image
 from torch import nn
 from torchvision import models
 
-SMALL = ["--arch", "resnet18", "--image-size", 32, "--workers", 0, "--batch-size", 16]
+SCRIPT = "finetune_classify.py"
+SMALL = "--arch resnet18 --image-size 32 --workers 0 --batch-size 16".split()
+TIME = ("charts/images_per_second",)
 
 
 def picture(kind, rng, side=40):
@@ -24,11 +28,8 @@ def picture(kind, rng, side=40):
     y, x = np.mgrid[:side, :side]
     cy, cx, r = rng.integers(14, side - 14), rng.integers(14, side - 14), rng.integers(7, 12)
     dy, dx = abs(y - cy), abs(x - cx)
-    mask = {
-        "disc": dy**2 + dx**2 < r**2,
-        "square": (dy < r) & (dx < r),
-        "cross": (dy < r) & (dx < r) & ((dy < 3) | (dx < 3)),
-    }[kind]
+    square = (dy < r) & (dx < r)
+    mask = {"disc": dy**2 + dx**2 < r**2, "square": square, "cross": square & ((dy < 3) | (dx < 3))}[kind]
     image = rng.integers(0, 80, size=(side, side, 3))
     image[mask] = rng.integers(120, 256, size=3)
     return Image.fromarray(image.astype(np.uint8))
@@ -54,10 +55,14 @@ def weights(tmp_path_factory):
     return path
 
 
-def defaults(**flags):
-    args = fc.Args(**flags)
-    args.optimizer, args.learning_rate = args.optimizer or "sgd", args.learning_rate or 1e-3
-    return args
+def table(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def build(arch, classes=("x", "y"), random=True, **flags):
+    trunk = fc.make_trunk(fc.Args(arch=arch, **{"weights": "none"} | flags), random=random)
+    return fc.Classifier(*trunk, {"a": list(classes)})
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -65,39 +70,54 @@ def defaults(**flags):
 
 def test_a_class_of_three_images_has_one_in_each_split():
     labels = ["many"] * 50 + ["three"] * 3 + ["two"] * 2
-    data = fc.Data([f"{i}.jpg" for i in range(55)], {"class": labels}, [""] * 55)
-    data, classes = fc.split_data(fc.Args(), data)
-    assert classes == {"class": ["many", "three"]} and len(data.paths) == 53
-    by_split = {
-        split: [label for label, s in zip(data.labels["class"], data.splits) if s == split] for split in fc.SPLITS
-    }
-    assert {split: (found.count("many"), found.count("three")) for split, found in by_split.items()} == {
-        "train": (40, 1), "val": (5, 1), "test": (5, 1),
-    }  # fmt: skip
+    rows = [{"path": f"{i}.jpg", "split": "", "class": label} for i, label in enumerate(labels)]
+    rows, classes = fc.split_data(fc.Args(), rows)
+    found = [(row["split"], row["class"]) for row in rows]
+    assert classes == {"class": ["many", "three"]} and len(rows) == 53
+    assert [found.count((split, "many")) for split in fc.SPLITS] == [40, 5, 5]
+    assert [found.count((split, "three")) for split in fc.SPLITS] == [1, 1, 1]
 
 
 def test_the_split_is_the_seed_s_and_can_be_used_again(folder, tmp_path):
-    splits = []
-    for seed in (1, 1, 2):
-        data, _ = fc.split_data(fc.Args(seed=seed), fc.read_data(fc.Args(data_dir=str(folder))))
-        splits.append(data.splits)
-    assert splits[0] == splits[1] != splits[2]
-    with open(tmp_path / "split.csv", "w") as file:
-        csv.writer(file).writerows([["path", "split"], *zip(data.paths, data.splits)])
-    again, _ = fc.split_data(
-        fc.Args(split_file=str(tmp_path / "split.csv")), fc.read_data(fc.Args(data_dir=str(folder)))
-    )
-    assert again.splits == splits[2]
+    one, two, three = (fc.split_data(fc.Args(seed=seed), fc.read_folders(str(folder)))[0] for seed in (1, 1, 2))
+    assert one == two != three
+    fc.write_csv(str(tmp_path / "split.csv"), three)
+    again, _ = fc.split_data(fc.Args(split_file=str(tmp_path / "split.csv")), fc.read_folders(str(folder)))
+    assert again == three
 
 
-def test_fixed_splits(folder, tmp_path):
-    for split, numbers in (("train", range(30)), ("val", range(30, 35)), ("test", range(35, 40))):
+def test_folders_of_splits(folder, tmp_path):
+    for split, numbers in (("train", range(30)), ("valid", range(30, 35)), ("test", range(35, 40))):
         for kind in ("disc", "square"):
             (tmp_path / split / kind).mkdir(parents=True)
             for i in numbers:
                 (tmp_path / split / kind / f"{i}.png").symlink_to(folder / kind / f"{i:02d}.png")
-    data, classes = fc.split_data(fc.Args(), fc.read_data(fc.Args(data_dir=str(tmp_path))))
-    assert classes == {"class": ["disc", "square"]} and [data.splits.count(s) for s in fc.SPLITS] == [60, 10, 10]
+    rows, classes = fc.split_data(fc.Args(), fc.read_folders(str(tmp_path)))
+    assert classes == {"class": ["disc", "square"]}
+    assert [[row["split"] for row in rows].count(split) for split in fc.SPLITS] == [60, 10, 10]
+    (tmp_path / "valid").rename(tmp_path / "elsewhere")  # no validation images: a tenth of each class in train
+    rows, _ = fc.split_data(fc.Args(), fc.read_folders(str(tmp_path)))
+    assert [[row["split"] for row in rows].count(split) for split in fc.SPLITS] == [54, 6, 10]
+    assert all(row["path"].startswith("test") == (row["split"] == "test") for row in rows)
+
+
+def test_links_do_not_put_an_image_into_two_splits(folder, tmp_path, monkeypatch, capsys):
+    for kind in ("disc", "square"):
+        (tmp_path / kind).symlink_to(folder / kind)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/up").symlink_to(tmp_path)
+    (tmp_path / "more/same.png").symlink_to(folder / "disc/00.png")
+    assert len(fc.find_images(str(tmp_path))) == 80 and "links to what is there already" in capsys.readouterr().out
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("square"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(fc.find_images(str(tmp_path))) == 40
+    assert "left out: [Errno 13] Permission denied" in capsys.readouterr().out
 
 
 RIJKS = """,ImageId,dc_creator,dc_materiaal,dc_type
@@ -106,29 +126,27 @@ RIJKS = """,ImageId,dc_creator,dc_materiaal,dc_type
 2,RP-P-3,Rembrandt,papier,prent
 3,absent,Rembrandt,papier,prent
 4,RP-P-4, ,"papier, karton",
+5,SK-A-1,Vermeer,olieverf,schilderij
+6,twice,Rembrandt,papier,prent
+7,b/twice,Rembrandt
 """
 
 
-@pytest.fixture
-def rijks(tmp_path):
-    (tmp_path / "jpg").mkdir()
-    for name in ("SK-A-1", "SK-A-2", "RP-P-3", "RP-P-4"):
+def test_the_rijksmuseum_s_table(tmp_path, capsys):
+    for name in ("SK-A-1", "SK-A-2", "RP-P-3", "RP-P-4", "a/twice", "b/twice"):
+        (tmp_path / "jpg" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (60, 40)).save(tmp_path / "jpg" / f"{name}.jpg")
     (tmp_path / "rijks.csv").write_text(RIJKS)
-    return tmp_path
-
-
-def test_the_rijksmuseum_s_table(rijks, capsys):
     columns = ["dc_creator", "dc_materiaal", "dc_type"]
-    args = fc.Args(data_dir=str(rijks / "jpg"), metadata=str(rijks / "rijks.csv"), label_column=columns)
-    data = fc.read_data(args)
-    assert data.paths == ["SK-A-1.jpg", "SK-A-2.jpg", "RP-P-3.jpg", "RP-P-4.jpg"]
-    assert data.labels == {
-        "dc_creator": ["Rembrandt", None, "Rembrandt", None],
-        "dc_materiaal": ["olieverf", "olieverf", "papier", "papier, karton"],
-        "dc_type": ["schilderij", "schilderij", "prent", None],
-    }
-    assert "1 of 5 rows" in capsys.readouterr().out
+    args = fc.Args(data_dir=str(tmp_path / "jpg"), metadata=str(tmp_path / "rijks.csv"), label_column=columns)
+    assert [tuple(row.values()) for row in fc.read_table(args)] == [
+        ("SK-A-1.jpg", "", "Rembrandt", "olieverf", "schilderij"),
+        ("SK-A-2.jpg", "", "", "olieverf", "schilderij"),
+        ("RP-P-3.jpg", "", "Rembrandt", "papier", "prent"),
+        ("RP-P-4.jpg", "", "", "papier, karton", ""),
+        ("b/twice.jpg", "", "Rembrandt", "", ""),
+    ]
+    assert "3 of 8 rows" in capsys.readouterr().out  # absent, an image again, a name of two images
 
 
 RECORD = """<?xml version="1.0" encoding="utf-8"?>
@@ -147,42 +165,42 @@ def test_the_readme_s_table_from_the_museum_s_records(tmp_path, monkeypatch):
         (tmp_path / f"xml/{i:07d}_SK-A-{i}.xml").write_text(RECORD.format(maker), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     exec((ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0], {})
-    with open("rijks.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table("rijks.csv")
     assert [row["ImageId"] for row in rows] == [f"{i:07d}_SK-A-{i}" for i in range(4)]
     assert [row["dc_creator"] for row in rows] == ["Bo\u00ebtius & Zn", "anoniem", "Maris, Matthijs", ""]
     assert {(row["dc_materiaal"], row["dc_type"]) for row in rows} == {("olieverf", "schilderij")}
-    (tmp_path / "jpg").mkdir()
-    for row in rows:
-        Image.new("RGB", (60, 40)).save(tmp_path / f"jpg/{row['ImageId']}.jpg")
-    data = fc.read_data(fc.Args(data_dir="jpg", metadata="rijks.csv", label_column=["dc_creator", "dc_type"]))
-    assert len(data.paths) == 4 and data.labels["dc_creator"] == ["Bo\u00ebtius & Zn", None, "Maris, Matthijs", None]
 
 
 @pytest.mark.parametrize(
     "flags, says",
     [
-        ("", "--data-dir None: there is no such folder"),
-        ("--data-dir missing", "--data-dir missing: there is no such folder"),
-        ("--data-dir empty", "--data-dir empty: no images in it"),
+        ("", "give --data-dir DIR or --dataset NAME"),
+        ("--data-dir missing", "missing: there is no such folder"),
+        ("--data-dir empty", "empty: no images in this folder"),
         ("--data-dir flat", "a folder per class is expected there, or --metadata"),
         ("--data-dir {folder} --metadata nothing.csv", "--metadata nothing.csv: [Errno 2]"),
-        ("--data-dir {folder} --metadata table.csv", "--image-column ImageId: table.csv has the columns 'a', 'b'"),
-        ("--data-dir {folder} --arch resnet19", "did you mean resnet18"),
-        (
-            "--data-dir {folder} --weights no.pth",
-            "--weights no.pth: neither a file nor one of resnet50's weights, IMAGENET1K_V1",
-        ),
-        ("--data-dir {folder} --weights table.csv", "--weights table.csv is no state dict"),
+        ("--data-dir {folder} --metadata table.csv", "no column 'ImageId' in it, but ['a', 'b']"),
+        ("--dataset Flower", "torchvision has none of that name, but "),
+        ("--dataset Flowers102", "--dataset Flowers102: Dataset not found or corrupted"),
+        ("--data-dir {folder} --arch resnet19", "--arch resnet19: torchvision has alexnet"),
+        ("--data-dir {folder} --weights no.pth", "--weights no.pth: neither a file nor one of IMAGENET1K_V1"),
+        ("--data-dir {folder} --weights table.csv", "table.csv is no file of tensors"),
         ("--data-dir {folder} --arch resnet34 --weights {weights}", "another architecture"),
-        ("--data-dir {folder} --weights none --arch resnet18 --unfreeze-from layer9", "consists of conv1, bn1"),
-        ("--data-dir {folder} --strategy off-the-shelf --unfreeze-from layer4", "use it with --strategy fine-tune"),
-        ("--data-dir {folder} --strategy scratch --pretrained x.pt", "no --pretrained"),
-        ("--data-dir {folder} --pretrained missing.pt", "no checkpoint file at missing.pt"),
-        ("--evaluate table.csv", "table.csv is not a checkpoint"),
-        ("--data-dir {folder} --saliency 3", "--saliency needs the checkpoint"),
-        ("--data-dir {folder} --epochs 0", "--epochs must be at least 1"),
-        ("--data-dir {folder} --split-file table.csv", "--split-file table.csv"),
+        ("--data-dir {folder} --weights none --arch resnet18 --unfreeze-from layer9", "no such layers, but conv1, bn1"),
+        ("--data-dir {folder} --strategy off-the-shelf --unfreeze-from layer4", "needs --strategy fine-tune"),
+        ("--data-dir {folder} --pretrained missing.pt", "no file at missing.pt"),
+        ("--evaluate {weights}", "is not a checkpoint of this script"),
+        ("--data-dir {folder} --saliency 3", "need a trained network"),
+        ("--data-dir {folder} --epochs 0", "--epochs 0 must be at least 1"),
+        ("--data-dir {folder} --learning-rate nan", "--learning-rate nan must be at least 0"),
+        ("--data-dir {folder} --seed -1", "--seed -1 must be at least 0"),
+        ("--data-dir {folder} --workers -1", "--workers -1 must be at least 0"),
+        ("--data-dir {folder} --exp-name ../x", "becomes a file's name"),
+        (
+            "--data-dir {folder} --arch resnet18 --weights none --image-size 32 --logdir table.csv",
+            "--logdir table.csv: ",
+        ),
+        ("--data-dir {folder} --split-file table.csv", "--split-file table.csv: no column 'path'"),
     ],
 )
 def test_bad_input_gets_one_line(flags, says, folder, weights, tmp_path):
@@ -190,7 +208,7 @@ def test_bad_input_gets_one_line(flags, says, folder, weights, tmp_path):
     (tmp_path / "flat").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "flat/a.png")
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
-    done = run("finetune_classify.py", *flags.format(folder=folder, weights=weights).split(), cwd=tmp_path, check=False)
+    done = run(SCRIPT, *flags.format(folder=folder, weights=weights).split(), cwd=tmp_path, check=False)
     assert done.returncode == 1 and says in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
 
 
@@ -200,8 +218,7 @@ def test_odd_images_become_rgb(tmp_path):
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
     Image.fromarray(grey).convert("P").save(tmp_path / "P.png")
     Image.fromarray(np.stack([grey, 255 - grey * 0], 2), "LA").save(tmp_path / "LA.png")
-    clear = np.zeros((48, 64, 4), np.uint8)
-    Image.fromarray(clear).save(tmp_path / "clear.png")
+    Image.fromarray(np.zeros((48, 64, 4), np.uint8)).save(tmp_path / "clear.png")
     Image.merge("CMYK", [Image.fromarray(255 - grey)] * 3 + [Image.new("L", (64, 48))]).save(tmp_path / "CMYK.jpg")
     exif = Image.Exif()
     exif[0x0112] = 6  # turned to the right
@@ -215,13 +232,19 @@ def test_odd_images_become_rgb(tmp_path):
     assert (np.asarray(images["clear"]) == 255).all()  # paper shows through, not black
 
 
-def test_scans_are_decoded_at_a_fraction(tmp_path):
-    Image.new("RGB", (4_000, 3_000), "red").save(tmp_path / "scan.jpg")
+def test_large_images(tmp_path):
+    Image.new("RGB", (4_000, 3_000), "red").save(tmp_path / "scan.jpg")  # decoded at a fraction
     assert fc.open_image(str(tmp_path / "scan.jpg"), 256).size == (1_000, 750)
     assert fc.open_image(str(tmp_path / "scan.jpg"), 2_000).size == (4_000, 3_000)
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    Image.new("L", (1, 60_000)).save(tmp_path / "strip.png")
+    for name in ("bomb", "strip"):
+        with pytest.raises(ValueError, match="too many"):
+            fc.open_image(str(tmp_path / f"{name}.png"), 256)
 
 
-def test_unreadable_images_are_named_counted_and_left_out(folder, weights, tmp_path):
+@pytest.mark.parametrize("more", ["--strategy off-the-shelf", "", "--cache-gb 0"])
+def test_unreadable_images_are_named_counted_and_left_out(more, folder, weights, tmp_path):
     data = tmp_path / "data"
     for kind in ("disc", "square"):
         (data / kind).mkdir(parents=True)
@@ -229,26 +252,41 @@ def test_unreadable_images_are_named_counted_and_left_out(folder, weights, tmp_p
             (data / kind / f"{i}.png").write_bytes((folder / kind / f"{i:02d}.png").read_bytes())
     whole = (data / "disc/3.png").read_bytes()
     (data / "disc/3.png").write_bytes(whole[: len(whole) // 2])
-    (data / "square/4.png").write_bytes(b"no image")
-    checked = run("finetune_classify.py", "--data-dir", data, "--check-data", "--workers", 0, cwd=tmp_path, check=False)
-    assert checked.returncode == 1 and "40 images, 2 of them cannot be read" in checked.stdout
-    assert "disc/3.png cannot be read, OSError" in checked.stdout and "square/4.png cannot be read" in checked.stdout
-    for strategy in ("off-the-shelf", "fine-tune"):
-        flags = [
-            "--data-dir",
-            data,
-            "--weights",
-            weights,
-            "--strategy",
-            strategy,
-            "--epochs",
-            2,
-            "--exp-name",
-            strategy,
-        ]
-        out = run("finetune_classify.py", *SMALL, *flags, cwd=tmp_path).stdout
-        assert out.count("disc/3.png cannot be read") == 1 and out.count("square/4.png cannot be read") == 1
-        assert "2 images could not be read and were left out" in out
+    (data / "square/4.png").unlink()
+    (data / "square/4.png").symlink_to("nowhere")
+    (data / "square/odd\udcff.png").write_bytes(whole)  # a name that is not UTF-8
+    flags = ["--data-dir", data, "--weights", weights, "--epochs", 2, *more.split()]
+    out = run(SCRIPT, *SMALL, *flags, cwd=tmp_path).stdout
+    assert out.count("disc/3.png cannot be read") == 1 and out.count("square/4.png cannot be read, FileNotFound") == 1
+    assert "2 images could not be read and were left out" in out
+
+
+def test_a_data_set_of_torchvision(folder, weights, tmp_path, monkeypatch):
+    class Toy:
+        classes = ["cross", "disc", "square"]
+
+        def __init__(self, root, split="train", download=False):
+            if split not in ("train", "test") or not download:
+                raise ValueError("unknown split") if download else RuntimeError("Dataset not found")
+            numbers = range(30) if split == "train" else range(30, 40)
+            self.images = [(folder / name / f"{i:02d}.png", k) for k, name in enumerate(self.classes) for i in numbers]
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getitem__(self, i):
+            if i >= len(self.images):
+                raise IndexError
+            return Image.open(self.images[i][0]), self.images[i][1]
+
+    monkeypatch.setattr(torchvision.datasets, "Toy", Toy, raising=False)
+    flags = ["--dataset", "Toy", "--weights", weights, "--strategy", "off-the-shelf", "--epochs", 1]
+    assert "Dataset not found" in run(SCRIPT, *SMALL, *flags, cwd=tmp_path, check=False).stderr
+    out = run(SCRIPT, *SMALL, *flags, "--download", cwd=tmp_path).stdout
+    assert "81 train, 9 val, 30 test, class: 3 classes" in out
+    rows = table(only_run(tmp_path / "runs") / "split.csv")
+    assert {(row["path"].split("/")[0] == "test") == (row["split"] == "test") for row in rows} == {True}
+    assert "on 30 test images" in run(SCRIPT, "--evaluate", only_run(tmp_path / "runs"), cwd=tmp_path).stdout
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
@@ -262,71 +300,51 @@ ARCHS = {  # size of the features
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_architectures_of_torchvision(arch):
-    args = defaults(arch=arch, weights="none", image_size=64 if arch == "vit_b_16" else None)
-    model = fc.Classifier(*fc.make_trunk(args, random=True), {"a": ["x", "y", "z"], "b": ["x", "y"]})
+    model = build(arch, "xyz", image_size=64 if arch == "vit_b_16" else None)
     assert model.heads[0].in_features == ARCHS[arch] and model.preprocessing["size"] in (64, 224)
-    images = torch.randint(256, (2, 3, model.preprocessing["size"], model.preprocessing["size"])).float()
+    images = torch.randint(256, (2, 3, model.preprocessing["size"], model.preprocessing["size"]), dtype=torch.uint8)
     for mode in (True, False):
-        logits = model.train(mode)(images)
-        assert {name: tuple(values.shape) for name, values in logits.items()} == {"a": (2, 3), "b": (2, 2)}
-    assert not any(name.startswith(("trunk.fc", "trunk.AuxLogits.fc")) for name in model.state_dict())
+        assert model.train(mode)(images)["a"].shape == (2, 3)
 
 
-def test_inception_s_traps(tmp_path):
-    """Two outputs in training, 299 pixels, an input scaled by the network, and no batch of one."""
-    model = models.inception_v3(weights=None, init_weights=False)
-    torch.save(model.state_dict(), tmp_path / "inception.pth")
-    args = defaults(arch="inception_v3", weights=str(tmp_path / "inception.pth"))
-    network = fc.Classifier(*fc.make_trunk(args, random=False), {"a": ["x", "y", "z"]})
-    assert network.preprocessing["size"] == 299 and network.preprocessing["resize"] == 342
-    assert (
-        network.trunk.transform_input
-        and not fc.make_trunk(defaults(arch="inception_v3"), random=True)[0].transform_input
-    )
-    images = torch.zeros(2, 3, 299, 299)
-    logits = network.train()(images)
-    assert {name: tuple(values.shape) for name, values in logits.items()} == {"a": (2, 3), "aux a": (2, 3)}
-    assert list(network.eval()(images[:1])) == ["a"]
-    target = torch.tensor([0, 2])
-    parts = [nn.functional.cross_entropy(logits[name], target) for name in ("a", "aux a")]
-    assert torch.allclose(fc.total_loss(logits, {"a": target}), parts[0] + 0.4 * parts[1])
+def test_inception_scales_its_input_as_its_weights_want(tmp_path):
+    theirs = models.inception_v3(weights=None, init_weights=False, transform_input=True).eval()
+    torch.save(theirs.state_dict(), tmp_path / "inception.pth")
+    model = build("inception_v3", random=False, weights=str(tmp_path / "inception.pth")).eval()
+    assert model.preprocessing["size"] == 299 and model.preprocessing["resize"] == 342
+    images, theirs.fc = torch.randint(256, (2, 3, 299, 299), dtype=torch.uint8), nn.Identity()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        assert torch.allclose(model.features(images), theirs((images / 255 - mean) / std), atol=1e-4)
+    again = fc.restore({"args": {"arch": "inception_v3"}, "classes": {"a": ["x", "y"]}, "model": model.state_dict(),
+                        "preprocessing": model.preprocessing}).eval()  # fmt: skip
+    with torch.no_grad():
+        assert torch.equal(model(images)["a"], again(images)["a"])
 
 
 def test_preprocessing_is_that_of_the_weights(folder):
-    args = defaults(arch="resnet18", weights="none")
-    preset = models.ResNet18_Weights.IMAGENET1K_V1.transforms()
-    trunk = fc.make_trunk(args, random=True)
-    model, path = fc.Classifier(*trunk, {"a": ["x", "y"]}), folder / "disc/00.png"
-    image, _ = fc.Pictures(str(folder), ["disc/00.png"], trunk[3])[0]
-    assert image.dtype == torch.uint8 and image.shape == (3, 224, 224)
-    ours, theirs = (image.float() - model.mean) / model.std, preset(Image.open(path).convert("RGB"))
+    preset, model = models.ResNet18_Weights.IMAGENET1K_V1.transforms(), build("resnet18")
+    image, _, error = fc.Pictures(str(folder), ["disc/00.png"], model.preprocessing)[0]
+    assert image.dtype == torch.uint8 and image.shape == (3, 224, 224) and not error
+    ours, theirs = (image.float() - model.mean) / model.std, preset(Image.open(folder / "disc/00.png").convert("RGB"))
     assert (ours - theirs).abs().max() < 0.05  # one grey level is 0.02
-    small = fc.make_trunk(defaults(arch="resnet18", weights="none", image_size=112), random=True)[3]
+    small = build("resnet18", image_size=112).preprocessing
     assert (small["size"], small["resize"]) == (112, 128)
 
 
-def test_frozen_means_frozen():
-    """Off-the-shelf: no parameter, no statistic of batch normalisation and no dropout of the trunk is at work."""
-    for until, free in ((None, ()), ("layer4", ("layer4",))):
-        torch.manual_seed(0)
-        args = defaults(arch="resnet18", weights="none", momentum=0.0, nesterov=False, learning_rate=0.1)
-        model = fc.Classifier(*fc.make_trunk(args, random=True), {"a": ["x", "y"]})
-        model.freeze(until)
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        optimizer = fc.make_optimizer(args, model)
-        for _ in range(2):
-            model.train()
-            loss = fc.total_loss(model(torch.rand(4, 3, 32, 32) * 255), {"a": torch.tensor([0, 1, 0, 1])})
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-        assert {name.split(".")[1] if name.startswith("trunk") else name.split(".")[0] for name in changed} == {
-            "heads",
-            *free,
-        }
-        if free:
-            assert "trunk.layer4.0.bn1.running_mean" in changed and "trunk.layer4.0.conv1.weight" in changed
+@pytest.mark.parametrize("until", [None, "layer4"])
+def test_frozen_means_frozen(until):
+    """No parameter, no statistic of batch normalisation and no dropout of what is frozen is at work."""
+    torch.manual_seed(0)
+    model = build("resnet18")
+    model.freeze(until)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = fc.make_optimizer(fc.Args(momentum=0.0, learning_rate=0.1), model)
+    batches = [(torch.randint(256, (4, 3, 32, 32)), torch.arange(4))] * 2
+    fc.train_epoch(model, optimizer, batches, {"a": torch.tensor([0, 1, 0, 1])}, fc.Progress(8), "")
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    tops = {name.split(".")[1] if name.startswith("trunk") else "heads" for name in changed}
+    assert tops == {"heads", until} - {None} and ("trunk.layer4.0.bn1.running_mean" in changed) == bool(until)
 
 
 def test_missing_labels_do_not_count():
@@ -337,51 +355,64 @@ def test_missing_labels_do_not_count():
 
 
 def test_the_papers_optimizers():
-    model = fc.Classifier(*fc.make_trunk(defaults(arch="resnet18", weights="none"), random=True), {"a": ["x", "y"]})
-    sgd = fc.make_optimizer(defaults(optimizer="sgd", weight_decay=0.5), model)
-    assert [group["weight_decay"] for group in sgd.param_groups] == [0.5, 0.0]
-    assert all(p.ndim > 1 for p in sgd.param_groups[0]["params"]) and all(
-        p.ndim <= 1 for p in sgd.param_groups[1]["params"]
-    )
+    model = build("resnet18")
+    sgd = fc.make_optimizer(fc.Args(weight_decay=0.5), model)
+    assert [(group["weight_decay"], {p.ndim > 1 for p in group["params"]}) for group in sgd.param_groups] == [
+        (0.5, {True}), (0.0, {False})]  # fmt: skip
     assert (sgd.defaults["lr"], sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (1e-3, 0.9, True)
-    rms = fc.make_optimizer(defaults(optimizer="rmsprop"), model)
+    rms = fc.make_optimizer(fc.Args(strategy="off-the-shelf"), model)
     assert (rms.defaults["lr"], rms.defaults["alpha"], rms.defaults["eps"]) == (1e-3, 0.9, 1e-8)
 
 
-# ------------------------------------------------------------------------------------------------------------ metrics
-
-
 def test_metrics_by_hand():
-    chosen = [0, 0, 1, 2, 2, 1]
     targets = torch.tensor([0, 1, 1, 2, 0, fc.MISSING])
     logits = torch.full((6, 7), -1.0)
-    logits[range(6), chosen] = 1.0
+    logits[range(6), [0, 0, 1, 2, 2, 1]] = 1.0
     logits[1, 6] = 0.5  # the first six of the row: 0, 6, then ties
     m = fc.measure(logits, targets)
     assert m["top1"] == 3 / 5
     # precision and recall: class 0: 1/2, 1/2; class 1: 1, 1/2; class 2: 1/2, 1; others have no images
     assert m["macro_f1"] == pytest.approx((1 / 2 + 2 / 3 + 2 / 3) / 3)
     assert m["confusion"][:3, :3].tolist() == [[1, 0, 1], [1, 1, 0], [0, 0, 1]] and m["confusion"].sum() == 5
-    assert m["table"]["support"].tolist() == [2, 2, 1, 0, 0, 0, 0]
+    assert m["support"].tolist() == [2, 2, 1, 0, 0, 0, 0]
     ranked = torch.tensor([[9.0, 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4]])
     assert fc.measure(ranked, torch.tensor([4, 5]))["top5"] == 0.5
     assert fc.measure(ranked[:, :3], torch.tensor([2, 1]))["top5"] == 1.0  # three classes
 
 
 def test_order_of_images():
-    order = fc.Order(list(range(100, 133)), 16, seed=3)
-    first = list(order)
-    assert [len(batch) for batch in first] == [16, 16] and len(order) == 2  # 33 = 16 + 16 + 1: one alone is no batch
-    assert list(order) == first
-    order.start = 1
-    assert list(order) == first[1:]
-    order.epoch, order.start = 1, 0
-    assert list(order) != first and set(sum(first, [])) < set(range(100, 133))
-    balanced = fc.Order([0] * 90 + [1] * 10, 50, 0, [1 / 90] * 90 + [1 / 10] * 10)
-    drawn = [
-        i for epoch in range(20) for batch in (setattr(balanced, "epoch", epoch), list(balanced))[1] for i in batch
-    ]
-    assert 0.45 < np.mean(drawn) < 0.55
+    indices, args = torch.arange(100, 133), fc.Args(batch_size=16, seed=3)
+    one, again, other = (torch.cat(fc.shuffled(indices, args, epoch, None)).tolist() for epoch in (0, 0, 1))
+    assert one == again != other and len(one) == len(set(one)) == 32  # 33 = 16 + 16 + 1: one alone is no batch
+    weights = torch.tensor([1 / 90] * 90 + [1 / 10] * 10)
+    drawn = torch.cat([torch.cat(fc.shuffled(torch.arange(100), args, epoch, weights)) for epoch in range(20)])
+    assert 0.45 < (drawn >= 90).float().mean() < 0.55
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_visual_back_prop_finds_the_only_thing_there_is(channels_last):
+    """Identity layers: the product of the maps is the picture itself."""
+
+    class Permuted(nn.Module):  # as in ConvNeXt and Swin
+        def __init__(self):
+            super().__init__()
+            self.act = nn.GELU()
+
+        def forward(self, x):
+            return self.act(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    trunk = nn.Sequential()
+    for _ in range(2):
+        trunk.extend([nn.Identity(), Permuted() if channels_last else nn.ReLU(), nn.MaxPool2d(2)])
+    preprocessing = {"size": 32, "resize": 32, "mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"}
+    model = fc.Classifier(trunk.append(nn.Flatten()), 3 * 64, preprocessing, {"class": ["a", "b"]}).eval()
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    images[0, :, 4:12, 8:16] = images[1, :, 20:24, 20:30] = 255
+    grad_cam, masks = fc.saliency_maps(model, images)
+    assert masks.shape == grad_cam.shape == (2, 32, 32) and masks.min() >= 0 and masks.max() == 1
+    for image, mask in zip(images, masks):
+        inside = image[0] > 0
+        assert mask[inside].mean() > 0.8 and mask[~inside].mean() < 0.1
 
 
 # -------------------------------------------------------------------------------------------------------- whole runs
@@ -391,21 +422,9 @@ def test_order_of_images():
 def trained(folder, weights, tmp_path_factory):
     """Finished runs of the three strategies: {strategy: (folder of the run, what it printed)}."""
     runs, cwd = {}, tmp_path_factory.mktemp("trained")
-    for strategy, epochs in (("off-the-shelf", 20), ("fine-tune", 4), ("scratch", 2)):
-        flags = [
-            "--data-dir",
-            folder,
-            "--weights",
-            weights,
-            "--strategy",
-            strategy,
-            "--epochs",
-            epochs,
-            "--exp-name",
-            strategy,
-        ]
-        flags += ["--learning-rate", 0.01] if strategy == "fine-tune" else []
-        out = run("finetune_classify.py", *SMALL, *flags, cwd=cwd).stdout
+    for strategy, more in (("off-the-shelf", "20"), ("fine-tune", "4 --learning-rate 0.01"), ("scratch", "2")):
+        flags = f"--data-dir {folder} --weights {weights} --strategy {strategy} --exp-name {strategy} --epochs {more}"
+        out = run(SCRIPT, *SMALL, *flags.split(), cwd=cwd).stdout
         runs[strategy] = next((cwd / "runs").glob(f"*__{strategy}__*")), out
     return runs
 
@@ -413,77 +432,45 @@ def trained(folder, weights, tmp_path_factory):
 @pytest.mark.parametrize("strategy", ["off-the-shelf", "fine-tune", "scratch"])
 def test_a_run_leaves_what_it_should(trained, strategy, weights):
     folder, out = trained[strategy]
-    logged = scalars(folder, leave_out=("charts/images_per_second",))
-    epochs = len(logged["train/loss"])
-    assert set(logged) == {"train/loss"} | {
-        f"{split}/{name}" for split in ("val", "test") for name in ("loss", "top1", "top5", "macro_f1")
-    }
-    checkpoint = torch.load(folder / f"{strategy}.pt")
+    logged = scalars(folder, TIME)
+    names = {f"{split}/{name}" for split in ("val", "test") for name in ("loss", "top1", "top5", "macro_f1")}
+    assert set(logged) == {"train/loss"} | names
+    checkpoint, last = torch.load(folder / f"{strategy}.pt"), torch.load(folder / f"{strategy}_last.pt")
     assert checkpoint["best"] == pytest.approx(min(value for _, value in logged["val/loss"]))
-    last = torch.load(folder / f"{strategy}_last.pt")
-    assert last["epoch"] == epochs and last["step"] == 0 and last["optimizer"]["state"]
+    assert last["epoch"] == len(logged["train/loss"]) == len(last["history"]) and last["optimizer"]["state"]
     state = torch.load(weights)
-    same = [
-        torch.equal(checkpoint["model"][f"trunk.{name}"], state[name]) for name in state if not name.startswith("fc")
-    ]
+    same = [torch.equal(checkpoint["model"][f"trunk.{name}"], state[name]) for name in state if name[:2] != "fc"]
     assert all(same) if strategy == "off-the-shelf" else not any(same[:1])
-    with open(folder / "split.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [sum(row["split"] == name for row in rows) for name in fc.SPLITS] == [96, 12, 12]
-    with open(folder / "per_class.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["class"] for row in rows] == ["cross", "disc", "square"] and sum(
-        float(row["support"]) for row in rows
-    ) == 12
+    splits = [row["split"] for row in table(folder / "split.csv")]
+    assert [splits.count(name) for name in fc.SPLITS] == [96, 12, 12]
+    rows = table(folder / "per_class.csv")
+    assert [row["class"] for row in rows] == ["cross", "disc", "square"]
     recalls = [float(row["recall"]) * float(row["support"]) for row in rows]
     assert sum(recalls) / 12 == pytest.approx(logged["test/top1"][0][1], abs=1e-6)
-    trained_parameters = "1,539 of 11,178,051" if strategy == "off-the-shelf" else "11,178,051 of 11,178,051"
-    assert f"{trained_parameters} parameters are trained, images of 32 pixels" in out
+    parameters = "1,539 of 11,178,051" if strategy == "off-the-shelf" else "11,178,051 of 11,178,051"
+    assert f"{parameters} parameters are trained, images of 32 pixels" in out
+    for name in ("curves.png", "confusion.png"):
+        with Image.open(folder / name) as image:
+            assert min(image.size) > 200 and np.asarray(image).std() > 5
+    if strategy != "scratch":  # two epochs from random weights may learn nothing
+        assert logged["train/loss"][-1][1] < 0.9 * logged["train/loss"][0][1]
+    assert not list(folder.glob("*.tmp"))
 
 
-def test_runs_learn(trained):
-    for strategy in ("off-the-shelf", "fine-tune"):
-        losses = [value for _, value in scalars(trained[strategy][0])["train/loss"]]
-        assert losses[-1] < 0.9 * losses[0], (strategy, losses)
-
-
-def test_features_are_computed_once(trained, folder, weights, tmp_path):
-    cwd = trained["off-the-shelf"][0].parent.parent
-    assert "saved the features of 120 images" in trained["off-the-shelf"][1]
-    flags = [
-        "--data-dir",
-        folder,
-        "--weights",
-        weights,
-        "--strategy",
-        "off-the-shelf",
-        "--epochs",
-        20,
-        "--logdir",
-        tmp_path,
-    ]
-    out = run("finetune_classify.py", *SMALL, *flags, cwd=cwd).stdout
-    assert "features of 120 images from feature_cache/resnet18_" in out
-    again, first = scalars(only_run(tmp_path), ()), scalars(trained["off-the-shelf"][0], ())
-    assert all(again[tag] == first[tag] for tag in first if tag != "charts/images_per_second")
-    out = run("finetune_classify.py", *SMALL, *flags, "--image-size", 40, "--epochs", 1, cwd=cwd).stdout
-    assert "saved the features" in out  # other preprocessing, other features
+def test_the_confusion_matrix_has_names_and_counts():
+    figure = fc.draw_confusion(torch.tensor([[3, 1], [0, 17]]), ["cat", "dog"], "title")
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog"]
+    assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
+        ((0, 0), "3"),
+        ((1, 0), "1"),
+        ((1, 1), "17"),
+    }
 
 
 def test_early_stopping_and_the_best_weights(folder, weights, tmp_path):
-    flags = [
-        "--data-dir",
-        folder,
-        "--weights",
-        weights,
-        "--strategy",
-        "off-the-shelf",
-        "--learning-rate",
-        3,
-        "--patience",
-        2,
-    ]
-    run("finetune_classify.py", *SMALL, *flags, cwd=tmp_path)
+    flags = f"--data-dir {folder} --weights {weights} --strategy off-the-shelf --learning-rate 3 --patience 2"
+    run(SCRIPT, *SMALL, *flags.split(), cwd=tmp_path)
     losses = [value for _, value in scalars(only_run(tmp_path / "runs"))["val/loss"]]
     best = int(np.argmin(losses))
     assert len(losses) == best + 3 < 100
@@ -491,156 +478,178 @@ def test_early_stopping_and_the_best_weights(folder, weights, tmp_path):
     assert checkpoint["epoch"] == best + 1 and checkpoint["best"] == pytest.approx(losses[best], rel=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["off-the-shelf", "fine-tune"])
-def test_a_killed_run_resumes_to_the_last_bit(strategy, folder, weights, tmp_path):
-    flags = [
-        *map(str, SMALL),
-        "--data-dir",
-        str(folder),
-        "--weights",
-        str(weights),
-        "--strategy",
-        strategy,
-        "--patience",
-        "99",
-    ]
-    command = [
-        sys.executable,
-        str(ROOT / "finetune_classify.py"),
-        *flags,
-        "--epochs",
-        "60" if strategy == "off-the-shelf" else "4",
-    ]
-    process = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not list(tmp_path.glob("runs/*/*_last.pt")) and process.poll() is None:
-        pass
-    process.send_signal(signal.SIGINT)
+def start(cwd, *flags, **more):
+    command = [sys.executable, str(ROOT / SCRIPT), *map(str, flags), "--no-cuda"]
+    more = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True} | more
+    return subprocess.Popen(command, cwd=cwd, **more)
+
+
+def test_neither_workers_nor_the_cache_nor_a_signal_change_the_result(folder, tmp_path):
+    """A run with workers, ended by SIGTERM to its whole process group as by a scheduler, then resumed, and one without."""
+    flags = (
+        f"--data-dir {folder} --weights none --arch mobilenet_v3_small --image-size 32 --batch-size 16 --patience 99"
+    )
+    for name in ("killed", "straight"):
+        (tmp_path / name).mkdir()
+    process = start(tmp_path / "killed", *flags.split(), "--epochs", 400, "--workers", 2, "--cache-gb", 0)
+    while not list(tmp_path.glob("killed/runs/*/*_last.pt")) and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "--resume" in out, out
+    killed = only_run(tmp_path / "killed/runs")
+    assert process.returncode == 130 and f"--resume runs/{killed.name} goes on" in out and "Traceback" not in out, out
+    epochs = torch.load(killed / "finetune_classify_last.pt")["epoch"] + 1
+    run(SCRIPT, "--resume", killed, "--epochs", epochs, "--workers", 0, cwd=tmp_path)
+    run(SCRIPT, *flags.split(), "--epochs", epochs, "--workers", 0, cwd=tmp_path / "straight")
+    straight = only_run(tmp_path / "straight/runs")
+    one, two = (torch.load(path / "finetune_classify_last.pt")["model"] for path in (killed, straight))
+    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())  # with dropout
+    assert scalars(killed, TIME) == scalars(straight, TIME)  # and no point twice
+
+
+def test_a_finished_run_is_not_tested_again(trained, folder, weights, tmp_path):
+    flags = f"--data-dir {folder} --weights {weights} --strategy off-the-shelf --epochs 2"
+    run(SCRIPT, *SMALL, *flags.split(), cwd=tmp_path)
+    path = only_run(tmp_path / "runs")
+    assert "has ended" in run(SCRIPT, "--resume", path, cwd=tmp_path, check=False).stderr
+    assert len(scalars(path)["test/top1"]) == 1
+    before = torch.load(path / "finetune_classify_last.pt")
+    refused = run(SCRIPT, "--resume", path, "--arch", "vgg11", "--epochs", 3, cwd=tmp_path, check=False).stderr
+    assert "the flags arch are those of" in refused
+    # another learning rate is at work: none, so nothing moves
+    run(SCRIPT, "--resume", path, "--epochs", 3, "--learning-rate", 0, cwd=tmp_path)
+    after = torch.load(path / "finetune_classify_last.pt")
+    assert after["epoch"] == 3 and torch.equal(after["model"]["heads.0.weight"], before["model"]["heads.0.weight"])
+
+
+def test_a_checkpoint_names_no_other_folder(folder, weights, tmp_path):
+    flags = f"--data-dir {folder} --weights {weights} --strategy off-the-shelf --epochs 1"
+    run(SCRIPT, *SMALL, *flags.split(), cwd=tmp_path)
     path = only_run(tmp_path / "runs") / "finetune_classify_last.pt"
-    run("finetune_classify.py", "--resume", path, cwd=tmp_path)
-    other = tmp_path / "straight"
-    other.mkdir()
-    run("finetune_classify.py", *command[2:], cwd=other)
-    resumed, straight = torch.load(path), torch.load(only_run(other / "runs") / "finetune_classify_last.pt")
-    assert all(torch.equal(resumed["model"][name], tensor) for name, tensor in straight["model"].items())
-    one, two = (scalars(folder, ("charts/images_per_second",)) for folder in (path.parent, only_run(other / "runs")))
-    assert one == two
+    state = torch.load(path)
+    state["args"] |= {"exp_name": "../../escaped", "logdir": str(tmp_path / "elsewhere")}
+    torch.save(state, path)
+    run(SCRIPT, "--resume", path, "--epochs", 2, cwd=tmp_path, check=False)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"runs"} and len(list((tmp_path / "runs").iterdir())) == 1
 
 
-def test_evaluate_predict_and_saliency(trained, folder):
-    path = trained["fine-tune"][0] / "fine-tune.pt"
-    flags = [
-        "--evaluate",
-        path,
-        "--predict",
-        folder / "disc",
-        "--saliency",
-        2,
-        "--compare",
-        trained["off-the-shelf"][0] / "off-the-shelf.pt",
-    ]
-    out = run("finetune_classify.py", *flags, cwd=folder).stdout
-    top1 = scalars(path.parent)["test/top1"][0][1]
-    assert f"on 12 test images: loss " in out and f"class: top-1 {top1:.4f}" in out
-    with open(path.parent / "predictions.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 40 and {row["class"] for row in rows} <= {"cross", "disc", "square"}
+@pytest.mark.parametrize("kind", ["full disk", "closed pipe", "lost worker"])
+def test_what_ends_a_run_costs_no_work(kind, folder, tmp_path):
+    flags = f"--data-dir {folder} --weights none --arch mobilenet_v3_small --image-size 32 --patience 99 --epochs 400"
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000,) * 2)}
+    workers = ["--workers", 1, "--cache-gb", 0] if kind == "lost worker" else ["--workers", 0]
+    process = start(tmp_path, *flags.split(), *workers, **limit if kind == "full disk" else {})
+    if kind == "closed pipe":
+        while "epoch 2:" not in process.stdout.readline():
+            pass
+        process.stdout.close()
+        process.wait(timeout=60)
+    elif kind == "lost worker":
+        while "epoch 2:" not in process.stdout.readline():
+            pass
+        (worker,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[:1]
+        os.kill(int(worker), signal.SIGKILL)
+    out = "" if kind == "closed pipe" else process.communicate(timeout=60)[0]
+    (path,) = (tmp_path / "runs").iterdir()
+    assert process.returncode == 1 and "Traceback" not in out and not list(path.glob("*.tmp")), out
+    if kind == "full disk":
+        assert "cannot be written" in out and not list(path.glob("*.pt"))
+    else:
+        assert torch.load(path / "finetune_classify_last.pt")["epoch"] >= 1
+
+
+def test_evaluate_predict_and_saliency(trained, folder, tmp_path):
+    path = trained["fine-tune"][0]
+    other = trained["off-the-shelf"][0]
+    out = run(SCRIPT, "--evaluate", path, "--saliency", 2, "--compare", other, cwd=folder).stdout
+    top1 = scalars(path)["test/top1"][0][1]
+    assert f"on 12 test images: test/loss" in out and f"test/top1 {top1:.4f}" in out
+    with Image.open(path / "saliency.png") as image:
+        assert np.asarray(image.convert("L")).std() > 20
+    refused = run(SCRIPT, "--evaluate", path, "--image-size", 64, cwd=folder, check=False).stderr
+    assert "the flags image_size are those of" in refused
+    # images that the run has never seen, without the data that it was trained on
+    rng = np.random.default_rng(1)
+    for kind in ("disc", "unknown"):
+        (tmp_path / "new" / kind).mkdir(parents=True)
+        picture("disc", rng).save(tmp_path / f"new/{kind}/a.png")
+    (tmp_path / "new/broken.png").write_bytes(b"no image")
+    out = run(SCRIPT, "--evaluate", path, "--data-dir", tmp_path / "new", cwd=folder).stdout
+    assert "on 1 test images" in out and "1 classes with 1 images are not in the network" in out
+    flags = ["--evaluate", path, "--predict", tmp_path / "new", "--data-dir", "gone"]
+    out = run(SCRIPT, *flags, cwd=tmp_path).stdout
+    rows = table(path / "predictions.csv")
+    assert [row["path"] for row in rows] == ["disc/a.png", "unknown/a.png"] and "1 images could not be read" in out
+    assert all(row["class"] in ("cross", "disc", "square") for row in rows)
     assert all(1 / 3 <= float(row["class_probability"]) <= 1 for row in rows)
-    with Image.open(path.parent / "saliency.png") as image:
-        assert image.size == (5 * 32, 2 * 32)
-        columns = np.asarray(image).reshape(64, 5, 32, 3).std(axis=(0, 2, 3))
-    assert (columns > 1).all()
 
 
-@pytest.mark.parametrize("arch, size", [("googlenet", 64), ("inception_v3", 96)])
-def test_networks_that_rescale_their_input_do_so_again_when_restored(arch, size):
-    """Pretrained ones do, random ones do not; a checkpoint has to say which."""
-    args = defaults(arch=arch, weights="none", image_size=size)
-    for rescales in (True, False):
-        model = fc.Classifier(*fc.make_trunk(args, random=True), {"class": ["a", "b"]}).eval()
-        model.trunk.transform_input = rescales
-        state = {"args": vars(args), "classes": {"class": ["a", "b"]}, "preprocessing": model.preprocessing}
-        again = fc.restore(state | {"model": model.state_dict(), "transform_input": rescales}).eval()
-        images = torch.randint(0, 256, (2, 3, size, size)).float()
-        with torch.no_grad():
-            assert torch.equal(model(images)["class"], again(images)["class"])
-
-
-def test_visual_back_prop_finds_the_only_thing_there_is():
-    """Identity layers: the product of the maps is the picture itself."""
-    trunk = nn.Sequential()
-    for _ in range(2):
-        conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
-        nn.init.dirac_(conv.weight)
-        trunk.extend([conv, nn.ReLU(), nn.MaxPool2d(2)])
-    preprocessing = {"size": 32, "resize": 32, "mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"}
-    model = fc.Classifier(trunk.append(nn.Flatten()), 3 * 64, 0, preprocessing, {"class": ["a", "b"]}).eval()
-    images = torch.zeros(2, 3, 32, 32)
-    images[0, :, 4:12, 8:16] = images[1, :, 20:24, 20:30] = 255.0
-    masks = fc.visual_back_prop(model, images)
-    assert masks.shape == (2, 32, 32) and masks.min() >= 0 and masks.max() == 1
-    for image, mask in zip(images, masks):
-        inside = image[0] > 0
-        assert mask[inside].mean() > 0.8 and mask[~inside].mean() < 0.1
+def test_saliency_has_titles_and_classes(trained):
+    model = fc.restore(fc.load_checkpoint(str(trained["fine-tune"][0]))[0])
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    figure = fc.draw_saliency({"other": model, "this": model}, images, ["disc\n-> cross", "square\n-> disc"])
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[:5] == ["image", "Grad-CAM\nother", "Grad-CAM\nthis", "VisualBackProp\nother", "VisualBackProp\nthis"]
+    assert [axes.get_ylabel() for axes in figure.axes[::5]] == ["disc\n-> cross", "square\n-> disc"]
 
 
 def test_a_chain_to_other_classes(trained, folder, tmp_path):
     """--pretrained: all but the heads of a network with other classes."""
     for kind in ("disc", "square"):
-        (tmp_path / "two" / kind).parent.mkdir(exist_ok=True)
+        (tmp_path / "two").mkdir(exist_ok=True)
         (tmp_path / "two" / kind).symlink_to(folder / kind)
-    path = trained["fine-tune"][0] / "fine-tune.pt"
+    path = trained["fine-tune"][0]
     flags = ["--data-dir", tmp_path / "two", "--pretrained", path, "--strategy", "off-the-shelf", "--epochs", 1]
-    run("finetune_classify.py", *SMALL, *flags, cwd=tmp_path)
-    chained, source = torch.load(only_run(tmp_path / "runs") / "finetune_classify.pt"), torch.load(path)
+    run(SCRIPT, *SMALL, *flags, cwd=tmp_path)
+    chained, source = (
+        torch.load(only_run(tmp_path / "runs") / "finetune_classify.pt"),
+        torch.load(path / "fine-tune.pt"),
+    )
     assert chained["classes"] == {"class": ["disc", "square"]} and chained["model"]["heads.0.weight"].shape == (2, 512)
     trunk = [name for name in source["model"] if name.startswith("trunk")]
     assert all(torch.equal(chained["model"][name], source["model"][name]) for name in trunk)
 
 
-def test_several_tasks_at_once(folder, weights, tmp_path):
+def test_several_tasks_at_once_and_balanced(folder, weights, tmp_path):
+    """Labels of the first task are missing: they have no class that could be drawn as often as the others."""
     paths = sorted(path.relative_to(folder) for path in folder.glob("*/*.png"))
     with open(tmp_path / "table.csv", "w") as file:
-        table = csv.writer(file)
-        table.writerow(["ImageId", "shape", "round"])
+        rows = csv.writer(file)
+        rows.writerow(["ImageId", "round", "shape"])
         for i, path in enumerate(paths):
             kind = path.parent.name
-            table.writerow([path, kind, "" if i % 4 == 0 else "yes" if kind == "disc" else "no"])
-    flags = [
-        "--data-dir",
-        folder,
-        "--metadata",
-        tmp_path / "table.csv",
-        "--label-column",
-        "shape",
-        "round",
-        "--weights",
-        weights,
-    ]
-    out = run("finetune_classify.py", *SMALL, *flags, "--strategy", "off-the-shelf", "--epochs", 3, cwd=tmp_path).stdout
-    assert "shape: 3 classes, round: 2 classes" in out
-    logged = scalars(only_run(tmp_path / "runs"))
-    assert {f"test/{task}/{name}" for task in ("shape", "round") for name in ("top1", "top5", "macro_f1")} <= set(
-        logged
-    )
-    assert len(torch.load(only_run(tmp_path / "runs") / "finetune_classify.pt")["model"]["heads.1.weight"]) == 2
+            rows.writerow([path, "" if i % 4 == 0 else "yes" if kind == "disc" else "no", kind])
+    flags = f"--data-dir {folder} --metadata table.csv --label-column round shape --weights {weights} --epochs 3"
+    flags += " --strategy off-the-shelf --balanced-sampling"
+    drawn, multinomial = [], torch.multinomial
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch, "multinomial", lambda weights, *a, **k: drawn.append(weights) or multinomial(weights, *a, **k)
+        )
+        out = run(SCRIPT, *SMALL, *flags.split(), cwd=tmp_path).stdout
+    assert "round: 2 classes, shape: 3 classes" in out
+    labels = [row["round"] for row in table(only_run(tmp_path / "runs") / "split.csv") if row["split"] == "train"]
+    totals = {name: sum(w for w, label in zip(drawn[0].tolist(), labels) if label == name) for name in set(labels)}
+    assert totals == pytest.approx({"": 0, "yes": 1, "no": 1})
+    names = {f"test/{task}/{name}" for task in ("shape", "round") for name in ("top1", "top5", "macro_f1")}
+    assert names <= set(scalars(only_run(tmp_path / "runs")))
+    assert (only_run(tmp_path / "runs") / "confusion_round.png").exists()
 
 
 def test_without_network_the_error_says_where_the_file_goes(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-
     def refuse(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
-    done = run("finetune_classify.py", "--data-dir", folder, "--arch", "resnet18", cwd=tmp_path, check=False)
+    done = run(SCRIPT, "--data-dir", folder, "--arch", "resnet18", cwd=tmp_path, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "resnet18-f37072fd.pth into" in done.stderr and str(tmp_path / "hub/checkpoints") in done.stderr
+    assert "resnet18-f37072fd.pth into " + str(tmp_path / "hub/checkpoints") in done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
-def test_xception_needs_timm(folder, tmp_path):
-    done = run("finetune_classify.py", "--data-dir", folder, "--arch", "xception", cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "--arch xception needs timm: pip install timm" in done.stderr
+def test_the_eta_is_that_of_the_whole_run(capsys):
+    progress = fc.Progress(1_000)
+    progress.begun, progress.last = progress.begun - 100, progress.last - 100
+    progress.step(100, lambda: "epoch 1/10")
+    assert "epoch 1/10, 1 images/s, ETA of the run 0:15:0" in capsys.readouterr().out
