@@ -1,4 +1,4 @@
-# Area ratios, transfer matrices and score tables from the event files of ddqn_atari.py, dqv_atari.py and
+# Area ratios, forward transfer, score tables and learning curves from the event files of ddqn_atari.py, dqv_atari.py and
 # dqv_max_atari.py, as in "On the Transferability of Deep-Q Networks" (Sabatelli and Geurts, 2021, arXiv 2110.02639)
 # and "Contributions to Deep Transfer Learning" (M. Sabatelli, 2022).
 #
@@ -12,16 +12,14 @@
 # dependencies = ["numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.18", "matplotlib>=3.8"]
 # ///
 import csv
-import json
 import os
+import re
 import shlex
-import struct
 import sys
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
-from typing import Annotated, Literal, NoReturn, Optional, Union
+from typing import Literal, NoReturn
 
 import numpy as np
 import tyro
@@ -29,65 +27,24 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 
 @dataclass
-class Plan:
-    """Print the commands of a study, one a line; what is complete in --logdir is left out."""
+class Args:
+    command: tyro.conf.Positional[Literal["plan", "table", "scores", "plot"]]  # commands of a study; matrices; games
+    logdir: str = "runs"  # folder of the runs; it is searched at any depth
 
-    env_ids: list[str]
-    """the games, as the script's --env-id"""
-    stage: Literal["source", "transfer", "only-head", "self-transfer", "hybrid"]
-    """from scratch; every game to every other, fine-tuned or only the head; to itself in both ways; hybrids of these"""
-    targets: list[str] = field(default_factory=list)
-    """the games among these to train on (none given: all), where games have budgets of their own"""
-    script: str = "ddqn_atari.py"
-    """the script to run"""
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
-    """the seeds; a transfer run starts from the source of its own seed"""
-    logdir: str = "runs"
-    """folder of the runs"""
-    args: str = ""
-    """further flags of the script, in one string such as "--no-double --total-timesteps 200000" in quotes"""
-    source_args: str = ""
-    """flags of the runs to start from, where these are not --args; further flags of theirs do not matter"""
+    # table, scores, plot
+    metric: str = "eval/episodic_return"  # TensorBoard tag of the learning curve
+    threshold: float = 0.9  # steps to threshold: until this share of what scratch gained in all
+    format: Literal["markdown", "csv"] = "markdown"  # to read, or to read in: one row a cell with all that is known
+    out: str = "results"  # plot: folder for the pictures and curves.csv
 
-
-@dataclass
-class Table:
-    """Print the matrices of area ratios and the metrics of transfer."""
-
-    logdir: str = "runs"
-    """folder of the runs; it is searched at any depth"""
-    metric: str = "eval/episodic_return"
-    """TensorBoard tag of the learning curve"""
-    baseline: Literal["none", "random", "min"] = "none"
-    """what the curves are shifted by before areas are taken: nothing (the papers'), random play, the lowest value"""
-    threshold: float = 0.9
-    """time to threshold: the first step with this share of what scratch gained, from its start to its end"""
-    format: Literal["markdown", "csv", "json"] = "markdown"
-    """tables to read, or one row a cell with all that is known of it"""
-
-
-@dataclass
-class Scores:
-    """Print the table of games: the last evaluations beside the published scores."""
-
-    logdir: str = "runs"
-    """folder of the runs; it is searched at any depth"""
-    format: Literal["markdown", "csv", "json"] = "markdown"
-    """a table to read, or one row per game and algorithm"""
-
-
-@dataclass
-class Plot:
-    """Draw the matrices and the learning curves of every target, and write the curves to a CSV."""
-
-    logdir: str = "runs"
-    """folder of the runs; it is searched at any depth"""
-    metric: str = "eval/episodic_return"
-    """TensorBoard tag of the learning curve"""
-    baseline: Literal["none", "random", "min"] = "none"
-    """as in `table`"""
-    out: str = "results"
-    """folder for the pictures and curves.csv"""
+    # plan: prints the commands, one a line; what is complete in --logdir is left out
+    env_ids: tuple[str, ...] = ()  # the games, as the script's --env-id
+    stage: Literal["source", "transfer", "only-head", "self-transfer", "hybrid"] = "source"  # each needs those before
+    targets: tuple[str, ...] = ()  # the games among these to train on (none given: all)
+    script: str = "ddqn_atari.py"  # the script to run
+    seeds: tuple[int, ...] = (1, 2, 3)  # a transfer run starts from the source of its own seed
+    args: str = ""  # further flags of the script in one string, such as "--no-double --total-timesteps 200000"
+    source_args: str = ""  # flags of the runs to start from, where these are not --args; their other flags are free
 
 
 # Published results ---------------------------------------------------------------------------------------------------
@@ -129,10 +86,8 @@ PUBLISHED = {}  # {(algorithm, mode, source, target): area ratio}
 for _algorithm, _text in MATRICES.items():
     (_, *_targets), *_rows = (line.split() for line in _text.strip().splitlines())
     for _source, *_cells in _rows:
-        PUBLISHED |= {
-            (_algorithm, "fine-tuning", _source, _target): float(_cell)
-            for _target, _cell in zip(_targets, _cells) if _cell != "-"
-        }  # fmt: skip
+        _known = [(_target, float(_cell)) for _target, _cell in zip(_targets, _cells) if _cell != "-"]
+        PUBLISHED |= {(_algorithm, "fine-tuning", _source, _target): _cell for _target, _cell in _known}
 for _mode, _cells in {
     "only-head": (0.05, 0.141, 0.674, 0.059), "fine-tuning": (0.017, -0.218, 0.393, -0.236),
     "hybrid": (0.041, None, 0.241, -0.123),  # from the author's curves; those of Catch-v1 are mixed up with Catch-v3's
@@ -159,617 +114,476 @@ SCORES = {
     "Zaxxon": (32.5, 9173.3, 4976.67, 10182.0, 10950.0, 8487.0),
 }
 MISPRINT = ("CrazyClimber", "DQV-Max")  # as printed; 100,131 is likely, since the text says that others are better
-# Catch has no published random score: these are exact, by enumeration of all starts
-RANDOM = {game: scores[0] for game, scores in SCORES.items()} | {
-    "Catch-v0": 0.247, "Catch-v1": 0.150, "Catch-v2": 0.247, "Catch-v3": 0.247,
-}  # fmt: skip
+# What can be reached at best: Catch's ceilings by enumeration of all starts, else human play
+REFERENCE = {"Catch-v0": 0.973, "Catch-v1": 0.898, "Catch-v2": 0.973, "Catch-v3": 0.973, "Catch-v4": 0.880}
+REFERENCE |= {name: human for name, (_, human, *_) in SCORES.items()}
 
 
 def fail(message: str) -> NoReturn:
-    sys.exit(f"{os.path.basename(__file__)}: error: {message}")
-
-
-def skip(path: str, reason: str) -> None:
-    print(f"skipped {path}: {reason}", file=sys.stderr)
+    sys.exit(f"transfer_matrix.py: error: {message}")
 
 
 # Reading runs --------------------------------------------------------------------------------------------------------
 @dataclass
 class Run:
     folder: str
-    flags: dict[str, str]
-    """the hyper-parameters that the run logged"""
-    steps: np.ndarray
-    """agent steps int64 `(points,)` of the metric, ascending"""
-    values: np.ndarray
-    """the metric, float64 `(points,)`"""
-    last_step: int
-    """of any scalar"""
-    algorithm: str = ""
-    target: str = ""
-    source: str = ""
-    mode: str = "scratch"
-    seed: int = 0
+    checkpoint: str
+    flags: dict[str, str]  # the hyper-parameters that the run logged
+    curves: dict[str, np.ndarray]  # {tag: float64 (points, 2) with agent steps, ascending, and values}
+    last_step: int  # of any scalar
+    total: int  # its --total-timesteps
+    algorithm: str
+    mode: str  # scratch, fine-tuning, only-head or hybrid
+    source: str  # the game of --pretrained, "" from scratch
+    target: str
+    seed: int
 
 
-def read_events(path: str, tag: str) -> tuple[np.ndarray, np.ndarray, dict[str, str], Optional[int], int]:
-    """Steps and values of scalar `tag`, the logged hyper-parameters, the purge step of a resumed run, the last step.
-
-    TensorBoard's reader takes 1 s for 10,000 points, this 0.05 s, one file in memory at a time: it walks the records
-    (length, CRC, data, CRC), stops at a cut one, and decodes the bytes that TensorBoard's writers put around a scalar
-    all at once.
-    Raises ValueError when the file does not begin as an event file does.
-    """
-    with open(path, "rb") as file:
-        buffer = file.read()
-    name, length = tag.encode(), struct.Struct("<Q").unpack_from
-    flags, purge, bounds, last = {}, None, [], b""
-    position = count = 0
-    while position + 12 <= len(buffer):
-        start, end = position + 12, position + 12 + length(buffer, position)[0]
-        if end + 4 > len(buffer):
-            break  # cut off, or still being written
-        place = buffer.find(name, start, end)
-        if place > 0:
-            bounds.append((start, place, end))
-        elif count < 10:
-            event = parse(buffer[start:end])
-            if count == 0 and not (event and event.file_version.startswith("brain.Event")):
-                raise ValueError("not an event file")
-            if event and event.session_log.status == SessionLog.START:
-                purge = event.step
-            for value in event.summary.value if event else ():
-                if value.tag == "hyperparameters/text_summary":
-                    rows = value.tensor.string_val[0].decode().splitlines()[2:]
-                    flags |= dict(row.strip("|").split("|", 1) for row in rows)
-        position, count, last = end + 4, count + 1, (start, end)
-    if not count:
-        raise ValueError("an empty event file" if not buffer else "not an event file")
-    last_step = getattr(parse(buffer[slice(*last)]), "step", 0)
-    starts, places, ends = np.array(bounds, np.int64).reshape(-1, 3).T
-    data = np.frombuffer(buffer, np.uint8)
-    exact = data[places - 1] == len(name)  # the length stands before a string: no longer tag that begins the same
-    starts, places, ends = starts[exact], places[exact], ends[exact]
-    # wall time, step, summary; the value is a float of 4 bytes
-    plain = (data[starts] == 0x09) & (data[starts + 9] == 0x10) & (data[places + len(name)] == 0x15)
-    varint = data[starts[:, None] + np.arange(10, 16)].astype(np.int64)
-    digits = np.cumprod(np.concatenate([np.ones((len(starts), 1), np.int64), varint[:, :-1] >> 7], axis=1), axis=1)
-    steps = (((varint & 0x7F) << (7 * np.arange(6))) * digits).sum(axis=1)
-    values = data[(places + len(name) + 1)[:, None].clip(max=len(data) - 4) + np.arange(4)].view("<f4")[:, 0]
-    values = values.astype(np.float64)
-    for i in np.flatnonzero(~plain):  # step 0 is left out, other writers
-        event = parse(buffer[starts[i] : ends[i]])
-        scalars = [value for value in event.summary.value if value.tag == tag] if event else []
-        steps[i] = event.step if scalars else 0
-        values[i] = (scalars[0].tensor.float_val or [scalars[0].simple_value])[0] if scalars else np.nan
-    kept = ~np.isnan(values)
-    return steps[kept], values[kept], flags, purge, last_step
-
-
-def parse(record: bytes) -> Optional[Event]:
-    try:
-        return Event.FromString(record)
-    except Exception:  # noqa: BLE001  protobuf's own class of errors differs between its versions
-        return None
-
-
-def read_run(folder: str, metric: str) -> Union[Run, str]:
-    """The run in `folder`, or in words why there is none."""
-    run, problems = Run(folder, {}, np.zeros(0, np.int64), np.zeros(0), 0), []
-    for name in sorted(name for name in os.listdir(folder) if "tfevents" in name):
-        try:
-            steps, values, flags, purge, last_step = read_events(os.path.join(folder, name), metric)
-        except ValueError as error:
-            problems.append(f"{name} is {error}")
-            continue
-        except OSError as error:
-            problems.append(f"{name} cannot be read, {error.strerror}")
-            continue
-        kept = slice(None) if purge is None else run.steps < purge
-        run.steps, run.values = np.append(run.steps[kept], steps), np.append(run.values[kept], values)
-        run.flags, run.last_step = run.flags | flags, last_step
-    if problems and not run.flags:
-        return problems[0]
-    if not {"env_id", "seed", "exp_name"} <= set(run.flags):
-        return "it has logged no hyper-parameters with env_id, seed and exp_name"
-    order = np.argsort(run.steps, kind="stable")
-    run.steps, run.values = run.steps[order], run.values[order]
-    names = {"ddqn_atari": "DDQN", "dqv_atari": "DQV", "dqv_max_atari": "DQV-Max"}
-    run.algorithm = run.flags.get("algorithm") or names.get(run.flags["exp_name"], run.flags["exp_name"])
-    if run.algorithm == "DDQN" and run.flags.get("double") == "False":
-        run.algorithm = "DQN"
-    run.target, run.seed = game(run.flags["env_id"]), int(run.flags["seed"])
-    if run.flags.get("pretrained", "None") != "None":
-        run.source = game(run.flags.get("pretrained_env_id", "unknown"))
-        run.mode = "hybrid" if run.flags.get("pretrained_head", "None") != "None" else "fine-tuning"
-        if run.mode == "fine-tuning":
-            run.mode = "only-head" if run.flags.get("freeze_features") == "True" else run.mode
-            run.mode += ", head kept" if run.flags.get("keep_head") == "True" else ""
-    return run
+# Flags in which runs may differ that are compared: they do not change what is learned, or stand in the fields above
+FREE = """algorithm architecture double dueling env_id exp_name seed pretrained pretrained_env_id pretrained_head
+    keep_head head_fraction freeze_features cuda cudagraphs logdir resume evaluate track capture_video eval_frequency
+    checkpoint_frequency buffer_device save_buffer torch_deterministic wandb_project_name wandb_entity"""
+FLAGS_TAG = "hyperparameters/text_summary"
+ALGORITHMS = {"ddqn_atari": "DDQN", "dqv_atari": "DQV", "dqv_max_atari": "DQV-Max"}
 
 
 def game(env_id: str) -> str:
     """`Pong` of ALE/Pong-v5, `Catch-v0` of catch_env:Catch-v0."""
-    name = env_id.split("/")[-1].split(":")[-1]
+    name = re.split("[/:]", env_id)[-1]
     return name.removesuffix("-v5") if env_id.startswith("ALE/") else name
 
 
-def read_runs(logdir: str, metric: str) -> list[Run]:
-    """All runs below `logdir`; what is none is named on stderr."""
+def read_events(folder: str, tags: list[str]) -> tuple[dict[str, str], dict[str, np.ndarray], int]:
+    """Flags, curves and last step of a run; only records in which a tag stands are decoded, purged points left out."""
+    flags, points, last_step = {}, {tag: [] for tag in tags}, 0
+    wanted = re.compile(b"|".join(re.escape(bytes([len(tag)]) + tag.encode()) for tag in [*tags, FLAGS_TAG]))
+    for name in sorted(name for name in os.listdir(folder) if "tfevents" in name):
+        with open(os.path.join(folder, name), "rb") as file:
+            buffer = file.read()
+        start, end, count = 12, -4, 0
+        while start <= len(buffer):  # a record: length (8 bytes), CRC (4), event, CRC (4)
+            size = int.from_bytes(buffer[start - 12 : start - 4], "little")
+            if start + size + 4 > len(buffer):
+                break  # cut off, or still being written
+            end, count = start + size, count + 1
+            if count < 4 or wanted.search(buffer, start, end):
+                event = Event.FromString(buffer[start:end])
+                if event.session_log.status == SessionLog.START:  # a resumed run
+                    points = {tag: [point for point in points[tag] if point[0] < event.step] for tag in tags}
+                for value in event.summary.value:
+                    if value.tag in points:
+                        points[value.tag].append((event.step, (value.tensor.float_val or [value.simple_value])[0]))
+                    elif value.tag == FLAGS_TAG:
+                        rows = value.tensor.string_val[0].decode().splitlines()[2:]
+                        flags |= dict(row[1:-1].split("|", 1) for row in rows)
+            last, start = start, end + 16
+        last_step = Event.FromString(buffer[last:end]).step if count else last_step
+    return flags, {tag: np.array(sorted(points[tag])).reshape(-1, 2) for tag in tags}, last_step
+
+
+def read_run(folder: str, tags: list[str]) -> Run:
+    """The run in `folder` with its curves of `tags`. Raises an error that says why there is none."""
+    flags, curves, last_step = read_events(folder, tags)
+    if not {"env_id", "seed", "exp_name"} <= set(flags):
+        raise ValueError("it has logged no hyper-parameters with env_id, seed and exp_name")
+    if not "".join([str(folder), *flags.values()]).isprintable():
+        raise ValueError("control characters in a folder's name or in its hyper-parameters")
+    logged = defaultdict(lambda: "None", flags)
+    flags["algorithm"] = algorithm = flags.get("algorithm") or ALGORITHMS.get(flags["exp_name"], flags["exp_name"])
+    algorithm = "DQN" if algorithm == "DDQN" and logged["double"] == "False" else algorithm
+    algorithm = "Dueling " * (logged["dueling"] == "True") + algorithm
+    algorithm += f" {logged['architecture']}" if logged["architecture"] not in ("None", "separate") else ""
+    mode, source = "scratch", ""
+    if logged["pretrained"] != "None":
+        mode, source = "fine-tuning", game(flags["pretrained_env_id"])
+        mode = "only-head" if logged["freeze_features"] == "True" else mode
+        mode = "hybrid" if logged["pretrained_head"] != "None" else mode
+        mode += ", head kept" if logged["keep_head"] == "True" else ""
+        mode += f", {logged['head_fraction']} of the head" if float(flags.get("head_fraction", 0)) else ""
+    total, checkpoint = int(float(flags.get("total_timesteps", 0))), os.path.join(folder, f"{flags['exp_name']}.pt")
+    identity = algorithm, mode, source, game(flags["env_id"]), int(flags["seed"])
+    return Run(folder, checkpoint, flags, curves, last_step, total, *identity)
+
+
+def skip(folder: str, reason: object) -> None:
+    print(f"skipped {folder if folder.isprintable() else ascii(folder)}: {reason}", file=sys.stderr)
+
+
+def read_runs(logdir: str, tags: list[str]) -> list[Run]:
+    """All runs below `logdir`, oldest first; what is none is named on stderr."""
     if not os.path.isdir(logdir):
         fail(f"--logdir {logdir}: there is no such folder")
     folders = [folder for folder, _, names in os.walk(logdir) if any("tfevents" in name for name in names)]
-    folders.sort(key=lambda folder: (os.path.getmtime(folder), folder))
-    metrics = [metric] * len(folders)
-    if len(folders) > 20:
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            found = list(pool.map(read_run, folders, metrics, chunksize=4))
-    else:
-        found = list(map(read_run, folders, metrics))
     runs = []
-    for folder, run in zip(folders, found):
-        if isinstance(run, Run):
-            runs.append(run)
-        else:
-            skip(folder, run)
+    for folder in sorted(folders, key=lambda folder: (os.path.getmtime(folder), folder)):
+        try:
+            runs.append(read_run(folder, tags))
+        except Exception as error:  # noqa: BLE001  whatever one run holds, the others have their table
+            skip(folder, error)
     return runs
 
 
-def total(run: Run) -> int:
-    return int(run.flags.get("total_timesteps", 0))
+def finished_runs(logdir: str, metric: str, points: int = 2, others: tuple[str, ...] = ()) -> list[Run]:
+    """The runs that a table may use: complete, with `metric`, one (the newest) of each experiment and seed.
 
-
-def finished_runs(logdir: str, metric: str, points: int = 2) -> list[Run]:
-    """The runs that a table may use: complete, with the metric, one per cell and seed (the newest)."""
-    cells = {}
-    for run in read_runs(logdir, metric):
-        if run.last_step < 0.99 * total(run):  # other programs log their last point a little before the end
-            skip(run.folder, f"incomplete, {run.last_step:,} of {total(run):,} steps")
-        elif len(run.steps) < points:
-            skip(run.folder, f"it has {len(run.steps)} points of {metric}, at least {points} are needed")
-        elif run.mode != "scratch" and run.source == "unknown":
-            skip(run.folder, "it does not say on which game its --pretrained network was trained")
+    Where runs of an algorithm on a game differ in further flags, these become part of the algorithm's name.
+    """
+    found, groups = {}, defaultdict(list)
+    for run in read_runs(logdir, [metric, *others]):
+        settings = sorted((name, value) for name, value in run.flags.items() if name not in FREE.split())
+        key = (run.algorithm, run.mode, run.source, run.target, run.seed, *settings)
+        if run.last_step < 0.99 * run.total:  # other programs log their last point a little before the end
+            skip(run.folder, f"incomplete, {run.last_step:,} of {run.total:,} steps")
+        elif len(run.curves[metric]) < points:
+            skip(run.folder, f"it has {len(run.curves[metric])} points of {metric}, at least {points} are needed")
         else:
-            key = (run.algorithm, run.mode, run.source, run.target, run.seed)
-            if key in cells:
-                skip(cells[key].folder, f"the same experiment and seed as {run.folder}, which is newer")
-            cells[key] = run
-    if not cells:
+            if key in found:
+                skip(found[key].folder, f"the same experiment and seed as {run.folder}, which is newer")
+            found[key] = run
+    if not found:
         fail(f"--logdir {logdir}: no complete run with {metric} in it")
-    return list(cells.values())
+    for run in found.values():
+        groups[run.algorithm, run.target].append(run)
+    for (algorithm, _), runs in groups.items():
+        values = {name: {run.flags.get(name) for run in runs} for run in runs for name in run.flags}
+        differing = sorted(name for name in set(values) - set(FREE.split()) if len(values[name]) > 1)
+        for run in runs:
+            run.algorithm = ", ".join([algorithm, *(f"{name} {run.flags.get(name)}" for name in differing)])
+    return sorted(found.values(), key=lambda run: (run.algorithm, run.mode, run.source, run.target, run.seed))
 
 
 # Areas and metrics ---------------------------------------------------------------------------------------------------
-# What may differ between the runs of a cell: it does not change what is learned, or is the cell itself
-FREE = {
-    "algorithm", "exp_name", "seed", "cuda", "cudagraphs", "torch_deterministic", "logdir", "track",
-    "wandb_project_name", "wandb_entity", "capture_video", "buffer_device", "save_buffer", "checkpoint_frequency",
-    "eval_frequency", "resume", "evaluate", "pretrained", "pretrained_env_id", "pretrained_head", "keep_head",
-    "freeze_features",
-}  # fmt: skip
-RESAMPLES = 10_000
+DEGREES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20, 30, 60, 1_000]
+T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.131, 2.086, 2.042, 2.000, 1.962]
 
 
-def on_grid(runs: list[Run], grid: np.ndarray) -> np.ndarray:
-    """The curves `(runs, points)` by linear interpolation."""
-    return np.stack([np.interp(grid, run.steps, run.values) for run in runs])
+def relative_change(new: np.ndarray, old: np.ndarray, paired: bool) -> tuple[float, float, float]:
+    """mean(new) / mean(old) - 1 of float64 `(runs,)`, and the ends of its 95 % interval by Fieller's theorem (1954).
+
+    The interval holds every ratio at which Student's t-test (of the pairs; else Welch's) does not tell `new` from that
+    multiple of `old`. It is nan for single runs, and where the mean of `old` cannot be told from 0.
+    """
+    ratio, n_new, n_old = new.mean() / old.mean(), len(new), len(old)
+    if min(n_new, n_old) < 2:
+        return ratio - 1, np.nan, np.nan
+    var_new, var_old = new.var(ddof=1) / n_new, old.var(ddof=1) / n_old
+    covariance, degrees = (np.cov(new, old)[0, 1] / n_new if paired else 0.0), n_new - 1
+    if not paired:
+        terms = var_new, var_old * ratio**2
+        degrees = sum(terms) ** 2 / max(terms[0] ** 2 / (n_new - 1) + terms[1] ** 2 / (n_old - 1), 1e-300)
+    t2 = np.interp(degrees, DEGREES, T95) ** 2
+    # (mean(new) - ratio mean(old))^2 <= t2 (var_new - 2 ratio covariance + ratio^2 var_old), solved for the ratio
+    a, b, c = old.mean() ** 2 - t2 * var_old, new.mean() * old.mean() - t2 * covariance, new.mean() ** 2 - t2 * var_new
+    root = max(b * b - a * c, 0.0) ** 0.5
+    return (ratio - 1, (b - root) / a - 1, (b + root) / a - 1) if a > 0 else (ratio - 1, np.nan, np.nan)
 
 
-def areas(curves: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Areas under `(runs, points)` by the trapezoidal rule `(runs,)`."""
-    return ((curves[:, 1:] + curves[:, :-1]) / 2 * np.diff(grid)).sum(axis=1)
+def on_grid(runs: list[Run], tag: str) -> tuple[np.ndarray, np.ndarray]:
+    """All steps `(points,)` of the range that the runs share, and the curves `(runs, points)` there, linear between."""
+    curves = [run.curves[tag] for run in runs]
+    begin, end = max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves)
+    grid = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
+    grid = grid[(grid >= begin) & (grid <= end)]
+    return grid, np.stack([np.interp(grid, *curve.T) for curve in curves])
 
 
-def area_ratio(with_transfer: np.ndarray, scratch: np.ndarray) -> np.ndarray:
-    """(area with transfer - area from scratch) / area from scratch, of mean areas over the last axis."""
-    return with_transfer.mean(axis=-1) / scratch.mean(axis=-1) - 1
-
-
-def same_settings(runs: list[Run], what: str) -> None:
-    """End with one line when the runs of a cell were not made under the same conditions."""
-    for name in sorted({name for run in runs for name in run.flags} - FREE):
-        found = {run.flags.get(name, "not logged"): run.folder for run in reversed(runs)}
-        if len(found) > 1:
-            listed = ", ".join(f"{value} ({folder})" for value, folder in found.items())
-            fail(f"{what}: the runs differ in {name}: {listed}; move one kind to another folder")
-
-
-def compare(scratch: list[Run], transfer: list[Run], args: Union[Table, Plot]) -> dict:
-    """All that is known of a cell: area ratio and interval, the metrics of Taylor and Stone (2009), notes."""
-    first = transfer[0]
-    cell = {"algorithm": first.algorithm, "mode": first.mode, "source": first.source, "target": first.target}
-    cell |= {
-        "n_transfer": len(transfer),
-        "n_scratch": len(scratch),
-        "ratio": None,
-        "low": None,
-        "high": None,
-        "note": "",
-    }
-    cell["published"] = PUBLISHED.get((first.algorithm, first.mode, first.source, first.target))
+def compare(scratch: list[Run], transfer: list[Run], args: Args) -> dict:
+    """All that is known of a cell; areas are divided by their range of steps, which makes them means of the metric."""
+    first, names = transfer[0], ("R", "R_low", "R_high", "FT", "FT_low", "FT_high")
+    cell = {name: getattr(first, name) for name in ("algorithm", "mode", "source", "target")}
+    cell |= {"n_transfer": len(transfer), "n_scratch": len(scratch), "note": ""} | dict.fromkeys(names, np.nan)
+    cell["published"] = PUBLISHED.get((first.algorithm, first.mode, first.source, first.target), np.nan)
     if not scratch:
-        return cell | {"note": f"no run from scratch on {first.target}"}
-    same_settings(scratch + transfer, f"{first.algorithm}, {first.source} to {first.target}")
-    begin, end = (pick(run.steps[i] for run in scratch + transfer) for pick, i in ((max, 0), (min, -1)))
-    if begin >= end:
+        return cell | {"note": f"no run from scratch on {first.target} with the same flags"}
+    grid, curves = on_grid(scratch + transfer, args.metric)
+    if len(grid) < 2:
         return cell | {"note": "the runs have no steps in common"}
-    grid = np.unique(np.concatenate([run.steps for run in scratch + transfer] + [[begin, end]]))
-    grid = grid[(grid >= begin) & (grid <= end)].astype(np.float64)
-    s, t = on_grid(scratch, grid), on_grid(transfer, grid)
-    if args.baseline == "random" and first.target not in RANDOM:
-        return cell | {"note": f"the score of random play is not known for {first.target}"}
-    shift = {"none": 0.0, "random": RANDOM.get(first.target), "min": min(s.min(), t.min())}[args.baseline]
-    a_s, a_t = areas(s - shift, grid), areas(t - shift, grid)
-    pairs = [run.seed for run in scratch] == [run.seed for run in transfer]
-    rng = np.random.default_rng(0)
-    picks = [rng.integers(len(area), size=(RESAMPLES, len(area))) for area in (a_s, a_t)]
-    a_s_again, a_t_again = a_s[picks[0]], a_t[picks[0] if pairs else picks[1]]
-    if a_s.mean() <= 0:
-        cell["note"] = f"the area from scratch, {a_s.mean():.4g}, is not positive: --baseline random or min"
-    elif a_s.mean() < 0.01 * abs(a_t.mean()):  # a game hardly ever won: nothing to divide by
-        cell["note"] = (
-            f"the area from scratch, {a_s.mean():.4g}, is next to nothing beside {a_t.mean():.4g} with transfer"
-        )
-    else:
-        cell["ratio"] = float(area_ratio(a_t, a_s))
-        if min(len(scratch), len(transfer)) > 1 and (a_s_again.mean(axis=1) > 0).all():
-            low, high = np.percentile(area_ratio(a_t_again, a_s_again), [2.5, 97.5])
-            cell |= {"low": float(low), "high": float(high)}
-    width, late = grid[-1] - grid[0], grid >= grid[0] + 0.9 * (grid[-1] - grid[0])
-    start, finish = s[:, 0].mean(), s[:, late].mean()
-    level = start + getattr(args, "threshold", 0.9) * (finish - start)
-
-    def time_to(level: float, curve: np.ndarray) -> Optional[float]:
-        reached = np.flatnonzero(curve >= level)
-        return float(grid[reached[0]]) if len(reached) else None
-
+    areas = ((curves[:, 1:] + curves[:, :-1]) / 2 * np.diff(grid)).sum(axis=1) / (grid[-1] - grid[0])
+    old, new = areas[: len(scratch)], areas[len(scratch) :]
+    paired = [run.seed for run in scratch] == [run.seed for run in transfer]
+    if old.mean() > 0.01 * abs(new.mean()):
+        cell |= zip(names, relative_change(new, old, paired))
+    else:  # returns below 0, or a game hardly ever won
+        cell["note"] = f"R is undefined, scratch has {old.mean():.4g} on average beside {new.mean():.4g} with transfer"
+    reference = REFERENCE.get(first.target, -np.inf) if args.metric.endswith("episodic_return") else -np.inf
+    if reference > old.mean():  # FT of curves scaled to random play 0 and the reference 1; random play cancels out
+        change, low, high = relative_change(reference - new, reference - old, paired)
+        cell |= {"FT": -change, "FT_low": -high, "FT_high": -low}
+    s, t = curves[: len(scratch)].mean(axis=0), curves[len(scratch) :].mean(axis=0)
+    late = grid >= grid[0] + 0.9 * (grid[-1] - grid[0])
+    level = s[0] + args.threshold * (s[late].mean() - s[0])
+    times = [grid[curve >= level][0] if (curve >= level).any() else np.nan for curve in (t, s)]
     return cell | {
-        "jumpstart": float(t[:, 0].mean() - start), "asymptotic": float(t[:, late].mean() - finish),
-        "threshold": float(level), "time_to_threshold": time_to(level, t.mean(axis=0)),
-        "time_to_threshold_scratch": time_to(level, s.mean(axis=0)),
-        "total_reward": float((a_t.mean() - a_s.mean()) / width),
-        "mean_transfer": float(a_t.mean() / width), "mean_scratch": float(a_s.mean() / width),
-        "first_step": int(grid[0]), "last_step": int(grid[-1]), "baseline": args.baseline,
+        "jumpstart": t[0] - s[0], "asymptotic": t[late].mean() - s[late].mean(), "threshold": level,
+        "time_to_threshold": times[0], "time_to_threshold_scratch": times[1], "mean_transfer": new.mean(),
+        "mean_scratch": old.mean(), "first_step": grid[0], "last_step": grid[-1],
     }  # fmt: skip
 
 
-def all_cells(args: Union[Table, Plot]) -> tuple[list[dict], list[Run]]:
-    """Every comparison that the runs below --logdir allow."""
-    groups = defaultdict(list)
-    runs = sorted(finished_runs(args.logdir, args.metric), key=lambda run: run.seed)
+def all_cells(runs: list[Run], args: Args) -> list[dict]:
+    """Every comparison that these runs allow, of an algorithm those between games first."""
+    groups, cells = defaultdict(list), []
     for run in runs:
         groups[run.algorithm, run.mode, run.source, run.target].append(run)
-    cells = []
-    for (algorithm, mode, _, target), transfer in sorted(groups.items()):
+    for (algorithm, mode, source, target), group in groups.items():
         if mode != "scratch":
-            cells.append(compare(groups.get((algorithm, "scratch", "", target), []), transfer, args))
-    return cells, runs
+            cells.append(compare(groups.get((algorithm, "scratch", "", target), []), group, args))
+            cells[-1]["from"] = f"{'itself' if source == target else source}, {mode}"
+    return sorted(cells, key=lambda cell: (cell["algorithm"], cell["source"] == cell["target"]))
 
 
-def wilson(count: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson, 1927)."""
-    z = 1.959964
-    centre, spread = count + z * z / 2, z * (count * (n - count) / n + z * z / 4) ** 0.5
-    return (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
-
-
-def share_of_negative(ratios: list[float]) -> str:
-    negative = sum(ratio < 0 for ratio in ratios)
-    low, high = wilson(negative, len(ratios))
-    return f"{negative} of {len(ratios)} ({negative / len(ratios):.0%}, 95 % interval {low:.0%} to {high:.0%})"
+def shown(cell: dict, measure: str, interval: bool = True) -> str:
+    """Value, * where the interval excludes 0, interval."""
+    value, low, high = cell[measure], cell[f"{measure}_low"], cell[f"{measure}_high"]
+    text = "n/a" if np.isnan(value) else f"{value:+.3f}" + "*" * int(low > 0 or high < 0)
+    return text + (f" [{low:+.2f}, {high:+.2f}]" if interval and not np.isnan(low) else "")
 
 
 # Printing ------------------------------------------------------------------------------------------------------------
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-
-
-def write_rows(rows: list[dict], format: str) -> None:
-    """`rows` as CSV or JSON on stdout."""
-    if format == "json":
-        json.dump(rows, sys.stdout, indent=1)
-        print()
+def write(rows: list[dict], format: str) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [[str(row.get(name, "–")) for name in names] for row in rows]
+    if format == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerows([names, *lines])
     else:
-        writer = csv.DictWriter(
-            sys.stdout, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
-        )
-        writer.writeheader()
-        writer.writerows(rows)
+        print("\n".join(f"| {' | '.join(line)} |" for line in [names, ["---"] * len(names), *lines]) + "\n")
 
 
-def shown(cell: dict) -> str:
-    """Ratio, * where its interval excludes 0, interval, number of seeds, published value."""
-    text = "n/a †" if cell["ratio"] is None else f"{cell['ratio']:+.3f}"
-    if cell["low"] is not None:
-        text += "*" * (cell["low"] > 0 or cell["high"] < 0) + f" [{cell['low']:+.2f}, {cell['high']:+.2f}]"
-    text += f" n={cell['n_transfer']}" + f"/{cell['n_scratch']}" * (cell["n_transfer"] != cell["n_scratch"])
-    return text + (f" (published {cell['published']:+.3f})" if cell["published"] is not None else "")
-
-
-def table(args: Table) -> None:
-    cells, _ = all_cells(args)
+def table(args: Args) -> None:
+    cells = all_cells(finished_runs(args.logdir, args.metric), args)
     if not cells:
         fail(f"--logdir {args.logdir}: no run with --pretrained in it, there is nothing to compare")
-    if args.format != "markdown":
-        return write_rows(cells, args.format)
-    print(
-        f"Area ratios of {args.metric}, baseline {args.baseline}: mean over seeds [95 % bootstrap interval] (* excludes"
-        " 0) n seeds (with transfer/from scratch where they differ).\n"
-    )
+    if args.format == "csv":
+        return write(cells, "csv")
+    print(f"{args.metric}: mean over seeds [95 % interval], * where that excludes 0, each cell for itself; n seeds\n"
+          "(with transfer/from scratch where they differ).\n")  # fmt: skip
     for algorithm in dict.fromkeys(cell["algorithm"] for cell in cells):
         mine = [cell for cell in cells if cell["algorithm"] == algorithm]
-        for mode in dict.fromkeys(cell["mode"] for cell in mine):
-            pairs = {(c["source"], c["target"]): c for c in mine if c["mode"] == mode and c["source"] != c["target"]}
-            if not pairs:
-                continue
-            targets, sources = (sorted({pair[i] for pair in pairs}) for i in (1, 0))
-            print(f"### {algorithm}, {mode}: source (rows) to target (columns)\n")
-            rows = [[s, *(shown(pairs[s, t]) if (s, t) in pairs else "–" for t in targets)] for s in sources]
-            print(markdown(["", *targets], rows) + "\n")
-            known = [cell for cell in pairs.values() if cell["ratio"] is not None]
+        targets, rows, others = sorted({cell["target"] for cell in mine}), {}, []
+        for cell in mine:
+            text = f"{shown(cell, 'R')} n={cell['n_transfer']}"
+            text += f"/{cell['n_scratch']}" * (cell["n_transfer"] != cell["n_scratch"])
+            text += "" if np.isnan(cell["published"]) else f" (published {cell['published']:+.3f})"
+            rows.setdefault(cell["from"], {"from": cell["from"]} | dict.fromkeys(targets, "–"))[cell["target"]] = text
+            if "jumpstart" in cell:
+                gains = {name: f"{round(cell[name], 6):+.4g}" for name in ("jumpstart", "asymptotic")}
+                times = [f"{cell[name]:,.0f}" for name in ("time_to_threshold", "time_to_threshold_scratch")]
+                gains[f"steps to {args.threshold:g}, scratch's"] = " / ".join(times).replace("nan", "never")
+                others.append({"from": cell["from"], "to": cell["target"], "FT": shown(cell, "FT")} | gains)
+        print(f"### {algorithm}: area ratio R, from (rows) to (columns)\n")
+        write(list(rows.values()), "markdown")
+        pairs = [cell for cell in mine if cell["mode"] == "fine-tuning" and cell["source"] != cell["target"]]
+        for name, measure in {"ours": "R", "published": "published"}.items():
+            known = [cell[measure] for cell in pairs if not np.isnan(cell[measure])]
             if known:
-                print(f"Negative: {share_of_negative([cell['ratio'] for cell in known])}.", end=" ")
-            published = [r for (a, m, s, t), r in PUBLISHED.items() if (a, m) == (algorithm, mode) and s != t]
-            if any(cell["published"] is not None for cell in pairs.values()):  # of these games, not of others
-                print(f"Published: {share_of_negative(published)}.", end="")
-            print("\n")
-        own = {(cell["mode"], cell["target"]): cell for cell in mine if cell["source"] == cell["target"]}
-        if own:
-            games = sorted({target for _, target in own})
-            modes = sorted({mode for mode, _ in own}, key="only-head fine-tuning hybrid".find)
-            print(f"### {algorithm}, self-transfer\n")
-            rows = [[mode, *(shown(own[mode, g]) if (mode, g) in own else "–" for g in games)] for mode in modes]
-            print(markdown(["", *games], rows) + "\n")
-        print(f"### {algorithm}, metrics of transfer (with transfer minus from scratch)\n")
-        rows = []
-        for cell in [cell for cell in mine if "jumpstart" in cell]:
-            times = [
-                "never" if cell[k] is None else f"{cell[k]:,.0f}"
-                for k in ("time_to_threshold", "time_to_threshold_scratch")
-            ]
-            # rounded first: of equal float32s, which the log holds, means may differ in the eighth digit
-            gains = [f"{round(cell[k], 6):+.4g}" for k in ("jumpstart", "asymptotic", "total_reward")]
-            when = f"{times[0]} / {times[1]} (to {cell['threshold']:.4g})"
-            rows.append([cell["source"], cell["target"], cell["mode"], *gains, when])
-        head = ["source", "target", "mode", "jumpstart", "asymptotic", "total reward, mean over the curve"]
-        print(markdown([*head, "steps to threshold, transfer / scratch"], rows) + "\n")
+                negative = sum(value < 0 for value in known)
+                print(f"Between games, fine-tuned: {name} negative in {negative} of {len(known)} cells\n")
+        print(f"### {algorithm}: normalised forward transfer FT; transfer minus scratch at the start and the end\n")
+        write(others, "markdown")
     for cell in [cell for cell in cells if cell["note"]]:
-        print(f"† {cell['algorithm']}, {cell['source']} to {cell['target']}, {cell['mode']}: {cell['note']}")
+        print(f"{cell['algorithm']}, {cell['from']}, to {cell['target']}: {cell['note']}")
 
 
-def interquartile_mean(values: np.ndarray) -> np.ndarray:
-    """Mean of the middle half over the last axis, as `scipy.stats.trim_mean(values, 0.25)`."""
-    cut = values.shape[-1] // 4
-    return np.sort(values, axis=-1)[..., cut : values.shape[-1] - cut].mean(axis=-1)
-
-
-def scores(args: Scores) -> None:
-    groups = defaultdict(list)
-    for run in finished_runs(args.logdir, "eval/episodic_return", points=1):
+def scores(args: Args) -> None:
+    final, normalised = defaultdict(list), defaultdict(list)
+    for run in finished_runs(args.logdir, args.metric, points=1):
         if run.mode == "scratch":
-            groups[run.algorithm, run.target].append(run)
-    if not groups:
+            final[run.algorithm, run.target].append(run.curves[args.metric][-1, 1])
+    if not final:
         fail(f"--logdir {args.logdir}: no run from scratch in it")
-    rng, rows, normalised = np.random.default_rng(0), [], defaultdict(list)
-    for (algorithm, target), runs in sorted(groups.items()):
-        same_settings(runs, f"{algorithm} on {target}")
-        final = np.array([run.values[-1] for run in runs])
-        again = final[rng.integers(len(final), size=(RESAMPLES, len(final)))].mean(axis=1)
-        low, high = np.percentile(again, [2.5, 97.5]).tolist() if len(final) > 1 else (None, None)
-        row = {"algorithm": algorithm, "game": target, "score": final.mean().item(), "low": low, "high": high}
-        row |= {"n": len(final), "human_normalised": None} | dict(zip(COLUMNS, SCORES.get(target, [None] * 6)))
+    games = [*SCORES, *sorted({target for _, target in final} - set(SCORES))]
+    rows = {target: {"game": target} | dict(zip(COLUMNS, SCORES.get(target, "–" * 6))) for target in games}
+    for (algorithm, target), values in sorted(final.items()):
+        row, (mean, low, high) = rows[target], relative_change(np.array(values), np.ones(len(values)), paired=True)
+        interval = "" if np.isnan(low) else f" [{low + 1:.2f}, {high + 1:.2f}]"
+        row |= {f"{algorithm}, ours": f"{mean + 1:.2f}{interval}", f"{algorithm}, n": len(values)}
         if target in SCORES:
-            shares = (final - row["random"]) / (row["human"] - row["random"])
-            row["human_normalised"] = shares.mean().item()
+            shares = (np.array(values) - row["random"]) / (row["human"] - row["random"])
+            row[f"{algorithm}, of human"] = f"{shares.mean():.1%}"
             normalised[algorithm].append(shares)
-        rows.append(row)
-    if args.format != "markdown":
-        return write_rows(rows, args.format)
-    ours = {(row["algorithm"], row["game"]): row for row in rows}
-    algorithms = list(dict.fromkeys(row["algorithm"] for row in rows))
-    lines = []
-    for target in [*SCORES, *sorted({row["game"] for row in rows} - set(SCORES))]:
-        published = [f"{score:,}" for score in SCORES.get(target, ())] or ["–"] * len(COLUMNS)
-        if target == MISPRINT[0]:
-            published[COLUMNS.index(MISPRINT[1])] += " ‡"
-        cells = []
-        for row in (ours.get((algorithm, target)) for algorithm in algorithms):
-            text = f"{row['score']:,.2f}" if row else "–"
-            text += f" [{row['low']:,.2f}, {row['high']:,.2f}]" if row and row["low"] is not None else ""
-            text += f" n={row['n']}" if row else ""
-            cells.append(text + (f", {row['human_normalised']:.0%}" if row and target in SCORES else ""))
-        lines.append([target, *published, *cells])
-    print(
-        "Last evaluations from scratch: mean over seeds [95 % bootstrap interval] n seeds, human-normalised by the\n"
-        "random and human scores of Mnih et al. (Nature 2015), the first columns; the next are the published scores.\n"
-    )
-    print(markdown(["", *COLUMNS, *(f"{algorithm}, ours" for algorithm in algorithms)], lines) + "\n")
-    for algorithm, games in normalised.items():
-        again = [shares[rng.integers(len(shares), size=(RESAMPLES, len(shares)))] for shares in games]
-        low, high = np.percentile(interquartile_mean(np.concatenate(again, axis=1)), [2.5, 97.5])
-        iqm = interquartile_mean(np.concatenate(games))
-        print(f"{algorithm}: interquartile mean of the human-normalised scores of all runs {iqm:.3f} "
-              f"[{low:.3f}, {high:.3f}] (stratified bootstrap), {len(games)} of {len(SCORES)} games")  # fmt: skip
-    print("‡ as printed; 100,131 is likely: the text lists this game among those where DQV-Max is not the best")
+    write(list(rows.values()), args.format)
+    if args.format == "markdown":
+        print("Ours: mean of the last evaluations [95 % interval]. Random and human scores are those of Mnih et al.\n"
+              "(Nature 2015), the next are the published; DQV-Max on CrazyClimber as printed, 100,131 is likely.\n")  # fmt: skip
+        for algorithm, shares in normalised.items():
+            shares = np.sort(np.concatenate(shares))
+            middle = shares[len(shares) // 4 : len(shares) - len(shares) // 4]
+            print(f"{algorithm}: interquartile mean of the human-normalised scores of all runs {middle.mean():.3f}")
 
 
 # Planning ------------------------------------------------------------------------------------------------------------
-def wanted_flags(text: str) -> dict[str, str]:
+STAGES = {  # {stage: [(mode, {flag: mode of the run that it names})]}
+    "source": [("scratch", {})],
+    "transfer": [("fine-tuning", {"--pretrained": "scratch"})],
+    "only-head": [("only-head", {"--pretrained": "scratch"})],
+    "self-transfer": [("fine-tuning", {"--pretrained": "scratch"}), ("only-head", {"--pretrained": "scratch"})],
+    "hybrid": [("hybrid", {"--pretrained": "fine-tuning", "--pretrained-head": "only-head"})],
+}
+
+
+def flags_of(text: str) -> dict[str, str]:
     """{hyper-parameter: value} of flags as given on a command line; `--no-x` is x False."""
-    words, flags = shlex.split(text), {}
-    for i, word in enumerate(words):
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            following = words[i + 1] if i + 1 < len(words) and not words[i + 1].startswith("--") else ""
-            switched_off = name.startswith("no-") and not value and not following
-            flags[name.removeprefix("no-" if switched_off else "").replace("-", "_")] = (
-                "False" if switched_off else value or following or "True"
-            )
+    words, flags = shlex.split(text.replace("=", " ")), {}
+    for word, following in zip(words, [*words[1:], "--"]):
+        name = word[2:].replace("-", "_")
+        if word.startswith("--") and not following.startswith("--"):
+            flags[name] = following
+        elif word.startswith("--"):
+            flags[name.removeprefix("no_")] = str(not name.startswith("no_"))
     return flags
 
 
 def equal(one: str, other: str) -> bool:
     try:
-        return float(one.replace("_", "")) == float(other.replace("_", ""))
+        return float(one) == float(other)
     except ValueError:
         return one == other
 
 
-def plan(args: Plan) -> None:
-    script, extra = os.path.splitext(os.path.basename(args.script))[0], wanted_flags(args.args)
-    for name in ("env_id", "seed", "logdir", "pretrained", "pretrained_head", "freeze_features"):
-        if name in extra:
-            fail(f"--args: the plan sets --{name.replace('_', '-')} itself")
-    runs = list(read_runs(args.logdir, "eval/episodic_return")) if os.path.isdir(args.logdir) else []
+def plan(args: Args) -> None:
+    script, given = os.path.splitext(os.path.basename(args.script))[0], flags_of(args.args)
+    games, metric = {env_id: game(env_id) for env_id in args.env_ids}, args.metric
+    for name in {"env_id", "seed", "logdir", "pretrained", "pretrained_head", "freeze_features"} & set(given):
+        fail(f"--args: the plan sets --{name.replace('_', '-')} itself")
+    if not games or not set(args.targets) <= set(games):
+        fail(f"--env-ids names the games, --targets some of these: {' '.join(set(args.targets) - set(games))}")
+    runs = read_runs(args.logdir, [metric]) if os.path.isdir(args.logdir) else []
 
-    def find(wanted: dict) -> dict:
-        """The runs with these flags: {(mode, source, target, seed): [(checkpoint, complete, sources' folders)]}."""
-        found = defaultdict(list)
+    def find(flags: dict[str, str]) -> dict[tuple, list[Run]]:
+        """{(mode, source, target, seed): runs with these flags and else of the algorithm proper, oldest first}."""
+        wanted = {"algorithm": ALGORITHMS.get(script, script), "double": "True", "architecture": "separate"}
+        wanted, found = wanted | {"dueling": "False", "terminal": "True"} | flags, defaultdict(list)
         for run in runs:
-            flags = {"double": "True"} | wanted
-            flags = flags if "double" in run.flags else {name: flags[name] for name in flags if name != "double"}
-            as_wanted = all(equal(run.flags.get(name, ""), value) for name, value in flags.items())
-            checkpoint = os.path.join(run.folder, f"{run.flags['exp_name']}.pt")
-            if as_wanted and run.flags["exp_name"] == wanted.get("exp_name", script) and os.path.isfile(checkpoint):
-                starts = [run_of(run.flags[name]) for name in ("pretrained", "pretrained_head") if name in run.flags]
-                complete = len(run.steps) > 0 and run.steps[-1] >= total(run)
-                found[run.mode, run.source, run.target, run.seed].append((checkpoint, complete, starts))
+            fits = all(equal(run.flags.get(name, value), value) for name, value in wanted.items())
+            if fits and os.path.isfile(run.checkpoint):
+                found[run.mode, run.source, run.target, run.seed].append(run)
         return found
 
-    def run_of(checkpoint: str) -> str:
-        """The name of its run's folder, which stays when --logdir is moved."""
-        return os.path.basename(os.path.dirname(checkpoint))
+    def finished(run: Run) -> bool:
+        return len(run.curves[metric]) > 0 and run.curves[metric][-1, 0] >= run.total
 
-    found = find(extra)
-    sources = find(wanted_flags(args.source_args)) if args.source_args else found
-    sources = {key: [checkpoint for checkpoint, complete, _ in runs if complete] for key, runs in sources.items()}
-    experiments, games = [], {env_id: game(env_id) for env_id in args.env_ids}
-    if len(set(games.values())) < len(args.env_ids):
-        fail("--env-ids: a game is named twice")
-    unknown = [env_id for env_id in args.targets if env_id not in games]
-    if unknown:
-        fail(f"--targets {unknown[0]}: not one of --env-ids {' '.join(games)}")
-    for env_id, seed in product(args.targets or args.env_ids, args.seeds):
-        if args.stage == "source":
-            experiments.append((("scratch", "", games[env_id], seed), env_id, seed, {}))
-        elif args.stage in ("transfer", "only-head"):
-            mode = "only-head" if args.stage == "only-head" else "fine-tuning"
-            for source in [name for name in games.values() if name != games[env_id]]:
-                needs = {"--pretrained": ("scratch", "", source, seed)}
-                experiments.append(((mode, source, games[env_id], seed), env_id, seed, needs))
-        elif args.stage == "self-transfer":
-            for mode in ("fine-tuning", "only-head"):
-                needs = {"--pretrained": ("scratch", "", games[env_id], seed)}
-                experiments.append(((mode, games[env_id], games[env_id], seed), env_id, seed, needs))
-        else:
-            needs = {f: (m, games[env_id], games[env_id], seed)
-                     for f, m in (("--pretrained", "fine-tuning"), ("--pretrained-head", "only-head"))}  # fmt: skip
-            experiments.append((("hybrid", games[env_id], games[env_id], seed), env_id, seed, needs))
-    needed = dict.fromkeys(key for _, _, _, needs in experiments for key in needs.values())
-    missing = [key for key in needed if not sources.get(key)]
+    def folder_name(path: str) -> str:
+        """Of a run, which stays when --logdir is moved; `path` is the folder or its checkpoint."""
+        return os.path.basename(os.path.dirname(path) if path.endswith(".pt") else os.path.normpath(path))
+
+    found, commands, missing = find(given), [], {}
+    sources = find(flags_of(args.source_args)) if args.source_args else found
+    origins = [""] if args.stage == "source" else games.values()
+    for env_id, seed, (mode, needs), origin in product(args.targets or games, args.seeds, STAGES[args.stage], origins):
+        if origin and (origin == games[env_id]) != (args.stage in ("self-transfer", "hybrid")):
+            continue
+        command, mine = ["python", args.script, "--env-id", env_id, "--seed", str(seed), "--logdir", args.logdir], []
+        mine = found.get((mode, origin, games[env_id], seed), [])
+        for flag, needed in needs.items():
+            starts = sources.get((needed, "" if needed == "scratch" else origin, origin, seed), [])
+            starts = [run.checkpoint for run in starts if finished(run)]
+            if not starts:
+                missing[f"{origin}, {needed}, seed {seed}"], starts = True, [""]
+            # A run that began from another network than these, a former one of the game, say, is another experiment
+            names = [folder_name(path) for path in starts]
+            mine = [run for run in mine if folder_name(run.flags[flag[2:].replace("-", "_")]) in names]
+            command += [flag, starts[-1]]
+        if mine and not any(map(finished, mine)):
+            commands.append(["python", args.script, "--resume", mine[-1].checkpoint])
+        elif not mine:
+            commands.append(command + ["--freeze-features"] * (mode == "only-head") + shlex.split(args.args))
     if missing:
-        listed = "; ".join(f"{target}, {mode}, seed {seed}" for mode, _, target, seed in missing)
-        fail(
-            f"--stage {args.stage}: --logdir {args.logdir} lacks {len(missing)} checkpoints of complete runs: {listed}"
-        )
-    for key, env_id, seed, needs in experiments:
-        # A run that began from another network than these sources, a former one of the game, say, is another experiment
-        allowed = [{run_of(checkpoint) for checkpoint in sources[needed_key]} for needed_key in needs.values()]
-        mine = [run for run in found.get(key, ()) if all(start in ok for start, ok in zip(run[2], allowed))]
-        checkpoint, complete, _ = max(reversed(mine), key=lambda run: run[1], default=("", False, []))
-        command = ["python", args.script]
-        if checkpoint and not complete:
-            print(shlex.join([*command, "--resume", checkpoint]))
-        elif not complete:
-            command += ["--env-id", env_id, "--seed", str(seed), "--logdir", args.logdir]
-            command += [word for flag, needed_key in needs.items() for word in (flag, sources[needed_key][-1])]
-            command += ["--freeze-features"] if key[0] == "only-head" else []
-            print(shlex.join(command + shlex.split(args.args)))
+        fail(f"--stage {args.stage}: --logdir {args.logdir} lacks {len(missing)} complete runs: {'; '.join(missing)}")
+    print("".join(f"{shlex.join(command)}\n" for command in commands), end="")
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
-def plot(args: Plot) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        fail("plot needs matplotlib: pip install matplotlib")
+DIAGNOSTICS = ("eval/max_q", "eval/discounted_return", "eval/v_minus_max_q", "eval/dead_units", "eval/feature_rank")
+PANELS = ("eval/max_q - eval/discounted_return", *DIAGNOSTICS[2:])
+
+
+def plot(args: Args) -> None:
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cells, runs = all_cells(args)
-    os.makedirs(args.out, exist_ok=True)
-    with open(os.path.join(args.out, "curves.csv.tmp"), "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["algorithm", "mode", "source", "target", "seed", "step", args.metric])
-        for run in runs:
-            head = [run.algorithm, run.mode, run.source, run.target, run.seed]
-            writer.writerows([*head, step, f"{value:.6g}"] for step, value in zip(run.steps, run.values))
-    os.replace(os.path.join(args.out, "curves.csv.tmp"), os.path.join(args.out, "curves.csv"))
-
-    def save(figure, name: str) -> None:
-        path = os.path.join(args.out, f"{name}.png".replace(" ", "_").replace(",", "").lower())
-        figure.savefig(path + ".tmp", dpi=100, format="png")
-        os.replace(path + ".tmp", path)
-        pyplot.close(figure)
+    def save(name: str, write) -> None:
+        path = os.path.join(args.out, re.sub(r"[^a-z0-9.-]+", "_", name.lower()))
+        write(f"{path}.{os.getpid()}.tmp")
+        os.replace(f"{path}.{os.getpid()}.tmp", path)
+        pyplot.close("all")
         print(path)
 
-    for algorithm, mode in dict.fromkeys((cell["algorithm"], cell["mode"]) for cell in cells):
-        pairs = {(c["source"], c["target"]): c for c in cells if (c["algorithm"], c["mode"]) == (algorithm, mode)}
-        sources, targets = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
-        values = np.full((len(sources), len(targets)), np.nan)
-        figure, axes = pyplot.subplots(
-            figsize=(2.5 + 1.1 * len(targets), 1.8 + 0.7 * len(sources)), layout="constrained"
-        )
-        for (source, target), cell in pairs.items():
-            y, x = sources.index(source), targets.index(target)
-            values[y, x] = np.nan if cell["ratio"] is None else cell["ratio"]
-            text = "n/a" if cell["ratio"] is None else f"{cell['ratio']:+.2f}"
-            if cell["low"] is not None and (cell["low"] > 0 or cell["high"] < 0):
-                text += "*"
-            text += "" if cell["published"] is None else f"\n({cell['published']:+.2f})"
-            dark = abs(np.nan_to_num(values[y, x])) > 0.65
-            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-        picture = axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
-        axes.set_xticks(range(len(targets)), targets, rotation=30, ha="right")
-        axes.set_yticks(range(len(sources)), sources)
-        known = any(cell["published"] is not None for cell in pairs.values())
-        title = f"{algorithm}, {mode}: area ratio" + " (published)" * known
-        axes.set(xlabel="target", ylabel="source", title=title)
-        figure.colorbar(picture, extend="both")
-        save(figure, f"matrix {algorithm} {mode}")
-    for algorithm, target in dict.fromkeys((run.algorithm, run.target) for run in runs):
-        mine = [run for run in runs if (run.algorithm, run.target) == (algorithm, target)]
-        figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
-        for mode, source in sorted(
-            {(run.mode, run.source) for run in mine}, key=lambda kind: (kind[0] != "scratch", kind)
-        ):
-            group = [run for run in mine if (run.mode, run.source) == (mode, source)]
-            grid = np.unique(np.concatenate([run.steps for run in group])).astype(np.float64)
-            grid = grid[(grid >= max(run.steps[0] for run in group)) & (grid <= min(run.steps[-1] for run in group))]
-            curves = on_grid(group, grid)
-            mean, picks = curves.mean(axis=0), np.random.default_rng(0).integers(len(group), size=(1_000, len(group)))
-            low, high = np.percentile(curves[picks].mean(axis=1), [2.5, 97.5], axis=0)
-            name = "from scratch" if mode == "scratch" else f"{mode} from {source}"
-            (line,) = axes.plot(
-                grid, mean, label=f"{name}, n = {len(group)}", color="black" if mode == "scratch" else None
-            )
-            axes.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set(xlabel="agent steps", ylabel=args.metric, title=f"{algorithm} on {target}")
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # not over the curves
-        save(figure, f"curves {algorithm} {target}")
+    def write_curves(path: str) -> None:
+        tags = [args.metric, *(tag for tag in DIAGNOSTICS if any(len(run.curves[tag]) for run in runs))]
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["algorithm", "mode", "source", "target", "seed", "step", *tags])
+            for run in runs:
+                known = [dict(run.curves[tag]) for tag in tags]
+                for step in sorted(set().union(*known)):
+                    values = [f"{curve[step]:.6g}" if step in curve else "" for curve in known]
+                    writer.writerow([run.algorithm, run.mode, run.source, run.target, run.seed, int(step), *values])
+
+    def draw_matrix(algorithm: str, cells: list[dict]) -> None:
+        rows, targets = list(dict.fromkeys(cell["from"] for cell in cells)), sorted({cell["target"] for cell in cells})
+        values, size = np.full((len(rows), len(targets)), np.nan), (3.5 + 1.2 * len(targets), 1.5 + 0.6 * len(rows))
+        figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+        for cell in cells:
+            y, x = rows.index(cell["from"]), targets.index(cell["target"])
+            values[y, x] = cell["R"]
+            text = f"{shown(cell, 'R', interval=False)}\nFT {shown(cell, 'FT', interval=False)}"
+            text += "" if np.isnan(cell["published"]) else f"\n({cell['published']:+.3f})"
+            colour = "white" if abs(cell["R"]) > 0.65 else "black"
+            axes.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
+        figure.colorbar(axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto"), extend="both", label="R")
+        axes.set_xticks(range(len(targets)), targets)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set(xlabel="to", ylabel="from", title=f"{algorithm}: area ratio R (published), forward transfer FT")
+        save(f"matrix {algorithm}.png", lambda path: figure.savefig(path, dpi=100, format="png"))
+
+    def draw_curves(title: str, arms: dict[str, tuple[list[Run], str, str]]) -> None:
+        """Mean and range of the seeds of {label: (runs, colour, style)}, a panel for each tag that there is."""
+        everyone = [run for group, _, _ in arms.values() for run in group]
+        tags = [tag for tag in (args.metric, *PANELS) if any(len(run.curves[tag]) > 1 for run in everyone)]
+        size = (4 * len(tags) + 2.5, 3.6)
+        figure, panels = pyplot.subplots(1, len(tags), figsize=size, squeeze=False, layout="constrained")
+        for (label, (group, colour, style)), (panel, tag) in product(arms.items(), zip(panels[0], tags)):
+            panel.set(xlabel="agent steps", ylabel=tag)
+            if known := [run for run in group if len(run.curves[tag]) > 1]:
+                grid, curves = on_grid(known, tag)
+                panel.plot(grid, curves.mean(axis=0), style, color=colour, label=f"{label}, n = {len(known)}")
+                panel.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.12, linewidth=0)
+        figure.suptitle(title)
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+        save(f"curves {title}.png", lambda path: figure.savefig(path, dpi=100, format="png"))
+
+    runs = finished_runs(args.logdir, args.metric, others=DIAGNOSTICS)
+    os.makedirs(args.out, exist_ok=True)
+    save("curves.csv", write_curves)
+    for run in runs:
+        estimate, outcome = run.curves["eval/max_q"], run.curves["eval/discounted_return"]
+        run.curves[PANELS[0]] = np.c_[estimate[:, 0], estimate[:, 1] - outcome[:, 1]]
+    cells = all_cells(runs, args)
+    for algorithm in dict.fromkeys(cell["algorithm"] for cell in cells):
+        draw_matrix(algorithm, [cell for cell in cells if cell["algorithm"] == algorithm])
+    figures = defaultdict(dict)  # {title: {label: (runs, colour, style)}}; equal arms look equal everywhere
+    algorithms, sources = sorted({run.algorithm for run in runs}), sorted({run.source for run in runs} - {""})
+    styles = {"scratch": "-", "fine-tuning": "-", "only-head": "--", "hybrid": ":"}
+    for run in sorted(runs, key=lambda run: run.source):
+        arm, colour = f"{run.mode} from {run.source}", "black"
+        if run.source:
+            colour = f"C{sources.index(run.source)}"
+        else:
+            arm, look = "from scratch", ([], f"C{algorithms.index(run.algorithm)}", "-")
+            figures[f"{run.target} from scratch"].setdefault(run.algorithm, look)[0].append(run)
+        look = ([], colour, styles.get(run.mode, "-."))
+        figures[f"{run.algorithm} on {run.target}"].setdefault(arm, look)[0].append(run)
+    for title, arms in figures.items():
+        if len(arms) > 1:
+            draw_curves(title, arms)
 
 
 if __name__ == "__main__":
-    Commands = Union[
-        Annotated[Plan, tyro.conf.subcommand("plan")],
-        Annotated[Table, tyro.conf.subcommand("table")],
-        Annotated[Scores, tyro.conf.subcommand("scores")],
-        Annotated[Plot, tyro.conf.subcommand("plot")],
-    ]
     words = sys.argv[1:]
-    for flag in ("--args", "--source-args"):  # their values begin with --, which would be taken for flags
-        if flag in words[:-1]:
-            place = words.index(flag)
-            words[place : place + 2] = [f"{flag}={words[place + 1]}"]
-    args = tyro.cli(Commands, args=words, description="Area ratios, transfer matrices and scores from event files.")
-    {Plan: plan, Table: table, Scores: scores, Plot: plot}[type(args)](args)
+    for i, word in enumerate(words[:-1]):
+        if word in ("--args", "--source-args"):  # their values begin with --, which would be taken for flags
+            words[i : i + 2] = [f"{word}={words[i + 1]}", ""]
+    args = tyro.cli(Args, args=[word for word in words if word], description="Transfer studies, from plan to picture.")
+    {"plan": plan, "table": table, "scores": scores, "plot": plot}[args.command](args)

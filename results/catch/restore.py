@@ -1,9 +1,9 @@
-"""Write the curves of curves.csv as runs again, so that transfer_matrix.py works on them without the study being rerun.
+"""Write the curves of a curves.csv as runs again, so that transfer_matrix.py works on them without the study being rerun.
 
     python results/catch/restore.py results/catch/curves.csv restored
     python transfer_matrix.py table --logdir restored
 
-The runs have the metric of the CSV and of their hyper-parameters what `table` and `plot` need; no checkpoints.
+The runs have the metrics of the CSV and of their hyper-parameters what `table` and `plot` need; no checkpoints.
 """
 
 import csv
@@ -13,20 +13,19 @@ from collections import defaultdict
 
 from torch.utils.tensorboard import SummaryWriter
 
-NAMES = {"DQN": "ddqn_atari", "DDQN": "ddqn_atari", "DQV": "dqv_atari", "DQV-Max": "dqv_max_atari"}
-
 if len(sys.argv) != 3 or not os.path.isfile(sys.argv[1]):
     sys.exit(__doc__)
 path, logdir = sys.argv[1:]
-curves = defaultdict(list)
+runs = defaultdict(list)
 with open(path, newline="") as file:
-    rows = csv.reader(file)
-    metric = next(rows)[-1]
-    for *run, step, value in rows:
-        curves[tuple(run)].append((int(step), float(value)))
-for (algorithm, mode, source, target, seed), points in curves.items():
-    flags = {"algorithm": algorithm, "env_id": f"catch_env:{target}", "exp_name": NAMES[algorithm], "seed": seed}
-    flags |= {"total_timesteps": points[-1][0] // 1000 * 1000}  # all games step at once: a run ends a few steps late
+    header, *rows = csv.reader(file)
+for row in rows:
+    runs[tuple(row[:5])].append(row[5:])
+for (algorithm, mode, source, target, seed), points in runs.items():
+    flags = {"algorithm": algorithm, "env_id": f"catch_env:{target}", "exp_name": "restored", "seed": seed}
+    flags |= {
+        "total_timesteps": int(points[-1][0]) // 1000 * 1000
+    }  # all games step at once: a run ends a few steps late
     if source:
         flags |= {"pretrained": f"{source}.pt", "pretrained_env_id": f"catch_env:{source}"}
         flags |= {"freeze_features": mode == "only-head"} | ({"pretrained_head": "pt"} if mode == "hybrid" else {})
@@ -36,6 +35,8 @@ for (algorithm, mode, source, target, seed), points in curves.items():
     with SummaryWriter(folder) as writer:
         table = "\n".join(f"|{name}|{value}|" for name, value in flags.items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        for step, value in points:
-            writer.add_scalar(metric, value, step)
-print(f"{len(curves)} runs in {logdir}")
+        for step, *values in points:
+            for metric, value in zip(header[6:], values):
+                if value:
+                    writer.add_scalar(metric, float(value), int(step))
+print(f"{len(runs)} runs in {logdir}")
