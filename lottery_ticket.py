@@ -174,7 +174,7 @@ def save_table(path: str, rows: list[dict]) -> None:
 
 # Data ----------------------------------------------------------------------------------------------------------------
 def rank_in_class(labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """For every image its place in a random order of its class, the size of its class and a tenth of it, `(N,)` each."""
+    """Of every image its place in a random order of its class, that class' size and a tenth of it: `(N,)` each."""
     rank, size = torch.zeros_like(labels), torch.zeros_like(labels)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
@@ -374,11 +374,11 @@ def make_network(arch: str, classes: int, image_size: int, generator, head=None,
                 layers += [nn.MaxPool2d(2, ceil_mode=True)]
         trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         network = nn.Sequential(OrderedDict(trunk=trunk, fc=nn.Linear(widths[-1], classes)))
-    modules = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    for module, drawn_from in [*((module, generator) for module in modules), (network.fc, head or generator)]:
-        nn.init.xavier_uniform_(module.weight, generator=drawn_from)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight, generator=head if head and module is network.fc else generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     return network.to(device, memory_format=torch.channels_last)
 
 
@@ -806,7 +806,7 @@ if __name__ == "__main__":
             optimizer = make_optimizer(args, network)
             if state["round"] and state["round"]["round"] == r:
                 network.load_state_dict(state["round"]["network"])
-                optimizer.load_state_dict(state["round"]["optimizer"])
+                optimizer.load_state_dict(copy.deepcopy(state["round"]["optimizer"]))  # it keeps the tensors
                 names = ("step", "best", "stale", "start", "seconds")
                 step, best, stale, start, seconds = (state["round"][name] for name in names)
             for events in glob.glob(f"{glob.escape(run_dir)}/events*.round_{r:02d}"):
