@@ -60,6 +60,7 @@ class Args:
     total_timesteps: int = 10_000_000  # agent steps in all, each of 4 frames on the ALE (40,000)
     double: bool = True  # Double DQN; `--no-double` is DQN
     dueling: bool = False  # Q = V + A - mean A from two streams (Wang et al., 2016); both last layers are the head
+    narrow: int = 1  # divides the numbers of filters and hidden units; 4 makes the thesis' Tiny-DQV (8, 16, 16; 128)
     learning_rate: float = 2.5e-4  # the learning rate of the optimizer
     optimizer: Literal["rmsprop", "adam", "sgd"] = "rmsprop"  # RMSprop as in the papers, Adam or SGD (adam)
     adam_eps: float = 1.5e-4  # epsilon of Adam
@@ -104,7 +105,7 @@ BOUNDS = {
     "seed": (0, 2**31 - 1), "num_envs": (0, 4_096), "repeat_action_probability": (0, 1), "learning_rate": (0, 1e9),
     "v_learning_rate": (0, 1e9), "adam_eps": (0, 1), "gamma": (0, 1), "start_e": (0, 1), "end_e": (0, 1),
     "exploration_fraction": (0, 1), "learning_starts": (0, 1e18), "eval_frequency": (0, 1e18), "eval_epsilon": (0, 1),
-    "checkpoint_frequency": (0, 1e18), "head_fraction": (0, 1e9),
+    "checkpoint_frequency": (0, 1e18), "head_fraction": (0, 1e9), "narrow": (1, 32),
 }  # fmt: skip
 
 # Flags that a resumed run may change
@@ -157,28 +158,29 @@ def action_meanings(args: Args, envs: gym.vector.VectorEnv) -> list[str]:
 
 # ALGO LOGIC: initialize agent here:
 class QNetwork(nn.Module):
-    """The network of Mnih et al. (2015): uint8 `(B, 4, 84, 84)` -> Q-values float32 `(B, num_actions)`.
+    """The network of Mnih et al. (2015): uint8 `(B, 4, 84, 84)` -> values float32 `(B, num_outputs)`.
 
     With `dueling`, `network` ends in the advantages A, and `value` is the other stream, V (Wang et al., 2016, eq. 9).
     """
 
     bf16 = False
 
-    def __init__(self, num_actions: int, dueling: bool = False):
+    def __init__(self, num_outputs: int, narrow: int = 1, dueling: bool = False):
         super().__init__()
         self.network = nn.Sequential(
-            nn.Conv2d(4, 32, 8, stride=4),
+            nn.Conv2d(4, 32 // narrow, 8, stride=4),
             nn.ReLU(),
-            nn.Conv2d(32, 64, 4, stride=2),
+            nn.Conv2d(32 // narrow, 64 // narrow, 4, stride=2),
             nn.ReLU(),
-            nn.Conv2d(64, 64, 3, stride=1),
+            nn.Conv2d(64 // narrow, 64 // narrow, 3, stride=1),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(3136, 512),
+            nn.Linear(64 // narrow * 7 * 7, 512 // narrow),
             nn.ReLU(),
-            nn.Linear(512, num_actions),
+            nn.Linear(512 // narrow, num_outputs),
         )
-        self.value = nn.Sequential(nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, 1)) if dueling else None
+        hidden = nn.Linear(64 // narrow * 7 * 7, 512 // narrow) if dueling else None
+        self.value = nn.Sequential(hidden, nn.ReLU(), nn.Linear(512 // narrow, 1)) if dueling else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # without the cache: it would keep weights across an optimizer's step, and those of no_grad without gradients
@@ -469,15 +471,16 @@ if __name__ == "__main__":
 
     # ALGO LOGIC: networks
     QNetwork.bf16 = args.bf16
-    q_network = QNetwork(num_actions, args.dueling).to(device, memory_format=torch.channels_last)  # fast convolutions
+    q_network, target_network = (QNetwork(num_actions, args.narrow, args.dueling) for _ in range(2))
     networks = {"q_network": q_network}
-    target_network = QNetwork(num_actions, args.dueling).to(device, memory_format=torch.channels_last)
 
     def look(stacks: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         max_q, actions = q_network(stacks).max(dim=1)
         return actions, {"max_q": max_q}
 
     # TRY NOT TO MODIFY: checkpoints and transfer
+    for network in (*networks.values(), target_network):
+        network.to(device, memory_format=torch.channels_last)  # the layout of fast convolutions
     for name, network in networks.items():
         if path:
             copy_tensors(network, checkpoint, name, list(network.state_dict()))
@@ -503,7 +506,8 @@ if __name__ == "__main__":
         run_dir += "-2"  # two runs that start in the same second
     checkpoint_path, global_step = path or f"{run_dir}/{args.exp_name}.pt", checkpoint.get("global_step", 0)
     try:
-        rb = Replay(min(args.buffer_size, args.total_timesteps), args.num_envs, device)
+        slots = args.total_timesteps * 5 // 4  # with autoresets; more than the run needs would be touched in vain
+        rb = Replay(min(args.buffer_size, slots), args.num_envs, device)
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if path else None)
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]

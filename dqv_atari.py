@@ -33,7 +33,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-ARCHITECTURES = ("separate", "hard", "dueling-1st", "dueling-2nd", "dueling-3rd", "tiny")
+ARCHITECTURES = ("separate", "hard", "dueling-1st", "dueling-2nd", "dueling-3rd")
 
 
 @dataclass
@@ -60,7 +60,8 @@ class Args:
 
     # The algorithm (in brackets: the default for games that are not of the ALE)
     total_timesteps: int = 10_000_000  # agent steps in all, each of 4 frames on the ALE (40,000)
-    architecture: Literal[ARCHITECTURES] = "separate"  # two networks, one, V on Q's nth convolution, two narrow ones
+    architecture: Literal[ARCHITECTURES] = "separate"  # two networks, one for both, or V on Q's nth convolution
+    narrow: int = 1  # divides the numbers of filters and hidden units; 4 makes the thesis' Tiny-DQV (8, 16, 16; 128)
     learning_rate: float = 2.5e-4  # the learning rate of Q's optimizer
     v_learning_rate: float = 1e-3  # the learning rate of V's optimizer
     optimizer: Literal["rmsprop", "adam", "sgd"] = "rmsprop"  # RMSprop as in the papers, Adam or SGD (adam)
@@ -107,7 +108,7 @@ BOUNDS = {
     "seed": (0, 2**31 - 1), "num_envs": (0, 4_096), "repeat_action_probability": (0, 1), "learning_rate": (0, 1e9),
     "v_learning_rate": (0, 1e9), "adam_eps": (0, 1), "gamma": (0, 1), "start_e": (0, 1), "end_e": (0, 1),
     "exploration_fraction": (0, 1), "learning_starts": (0, 1e18), "eval_frequency": (0, 1e18), "eval_epsilon": (0, 1),
-    "checkpoint_frequency": (0, 1e18), "head_fraction": (0, 1e9),
+    "checkpoint_frequency": (0, 1e18), "head_fraction": (0, 1e9), "narrow": (1, 32),
 }  # fmt: skip
 
 # Flags that a resumed run may change
@@ -160,23 +161,23 @@ def action_meanings(args: Args, envs: gym.vector.VectorEnv) -> list[str]:
 
 # ALGO LOGIC: initialize agent here:
 class QNetwork(nn.Module):
-    """The network of Mnih et al. (2015), of any widths: uint8 `(B, 4, 84, 84)` -> values float32 `(B, num_outputs)`."""
+    """The network of Mnih et al. (2015): uint8 `(B, 4, 84, 84)` -> values float32 `(B, num_outputs)`."""
 
     bf16 = False
 
-    def __init__(self, num_outputs: int, widths: tuple[int, int, int, int] = (32, 64, 64, 512)):
+    def __init__(self, num_outputs: int, narrow: int = 1):
         super().__init__()
         self.network = nn.Sequential(
-            nn.Conv2d(4, widths[0], 8, stride=4),
+            nn.Conv2d(4, 32 // narrow, 8, stride=4),
             nn.ReLU(),
-            nn.Conv2d(widths[0], widths[1], 4, stride=2),
+            nn.Conv2d(32 // narrow, 64 // narrow, 4, stride=2),
             nn.ReLU(),
-            nn.Conv2d(widths[1], widths[2], 3, stride=1),
+            nn.Conv2d(64 // narrow, 64 // narrow, 3, stride=1),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(7 * 7 * widths[2], widths[3]),
+            nn.Linear(64 // narrow * 7 * 7, 512 // narrow),
             nn.ReLU(),
-            nn.Linear(widths[3], num_outputs),
+            nn.Linear(512 // narrow, num_outputs),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -185,19 +186,17 @@ class QNetwork(nn.Module):
             return self.network(x / 255.0).float()
 
 
-def make_networks(args: Args, num_actions: int, device: torch.device) -> tuple[QNetwork, QNetwork]:
+def make_networks(args: Args, num_actions: int) -> tuple[QNetwork, QNetwork]:
     """Q with `num_actions` outputs and V with one; some `--architecture`s share layers (1909.01779, fig. 3)."""
-    widths = (8, 16, 16, 128) if args.architecture == "tiny" else (32, 64, 64, 512)
-    q_network, v_network = QNetwork(num_actions, widths), QNetwork(1, widths)
+    q_network, v_network, units = QNetwork(num_actions, args.narrow), QNetwork(1, args.narrow), 512 // args.narrow
     if args.architecture == "hard":
-        v_network.network = nn.Sequential(*q_network.network[:-1], nn.Linear(512, 1))
+        v_network.network = nn.Sequential(*q_network.network[:-1], nn.Linear(units, 1))
     if args.architecture.startswith("dueling"):
         shared = int(args.architecture[len("dueling-")])  # convolutions
-        size = (32 * 20 * 20, 64 * 9 * 9, 64 * 7 * 7)[shared - 1]
-        hidden = nn.Sequential(nn.Flatten(), nn.Linear(size, 512), nn.ReLU(), nn.Linear(512, 1))
+        size = (32 * 20 * 20, 64 * 9 * 9, 64 * 7 * 7)[shared - 1] // args.narrow
+        hidden = nn.Sequential(nn.Flatten(), nn.Linear(size, units), nn.ReLU(), nn.Linear(units, 1))
         v_network.network = nn.Sequential(*q_network.network[: 2 * shared], *hidden)
-    q_network.to(device, memory_format=torch.channels_last)  # the layout of fast convolutions
-    return q_network, v_network.to(device, memory_format=torch.channels_last)
+    return q_network, v_network
 
 
 @torch.no_grad()
@@ -484,15 +483,17 @@ if __name__ == "__main__":
 
     # ALGO LOGIC: networks
     QNetwork.bf16 = args.bf16
-    q_network, v_network = make_networks(args, num_actions, device)
+    q_network, v_network = make_networks(args, num_actions)
     networks = {"q_network": q_network, "v_network": v_network}
-    target_network = make_networks(args, num_actions, device)[1]
+    target_network = make_networks(args, num_actions)[1]
 
     def look(stacks: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         max_q, actions = q_network(stacks).max(dim=1)
         return actions, {"max_q": max_q, "v_minus_max_q": v_network(stacks).squeeze(1) - max_q}
 
     # TRY NOT TO MODIFY: checkpoints and transfer
+    for network in (*networks.values(), target_network):
+        network.to(device, memory_format=torch.channels_last)  # the layout of fast convolutions
     for name, network in networks.items():
         if path:
             copy_tensors(network, checkpoint, name, list(network.state_dict()))
@@ -520,7 +521,8 @@ if __name__ == "__main__":
         run_dir += "-2"  # two runs that start in the same second
     checkpoint_path, global_step = path or f"{run_dir}/{args.exp_name}.pt", checkpoint.get("global_step", 0)
     try:
-        rb = Replay(min(args.buffer_size, args.total_timesteps), args.num_envs, device)
+        slots = args.total_timesteps * 5 // 4  # with autoresets; more than the run needs would be touched in vain
+        rb = Replay(min(args.buffer_size, slots), args.num_envs, device)
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if path else None)
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]

@@ -34,7 +34,6 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 
-
 @dataclass
 class Args:
     # The run
@@ -59,6 +58,7 @@ class Args:
 
     # The algorithm (in brackets: the default for games that are not of the ALE)
     total_timesteps: int = 10_000_000  # agent steps in all, each of 4 frames on the ALE (40,000)
+    narrow: int = 1  # divides the numbers of filters and hidden units; 4 makes the thesis' Tiny-DQV (8, 16, 16; 128)
     learning_rate: float = 2.5e-4  # the learning rate of Q's optimizer
     v_learning_rate: float = 1e-3  # the learning rate of V's optimizer
     optimizer: Literal["rmsprop", "adam", "sgd"] = "rmsprop"  # RMSprop as in the papers, Adam or SGD (adam)
@@ -105,7 +105,7 @@ BOUNDS = {
     "seed": (0, 2**31 - 1), "num_envs": (0, 4_096), "repeat_action_probability": (0, 1), "learning_rate": (0, 1e9),
     "v_learning_rate": (0, 1e9), "adam_eps": (0, 1), "gamma": (0, 1), "start_e": (0, 1), "end_e": (0, 1),
     "exploration_fraction": (0, 1), "learning_starts": (0, 1e18), "eval_frequency": (0, 1e18), "eval_epsilon": (0, 1),
-    "checkpoint_frequency": (0, 1e18), "head_fraction": (0, 1e9),
+    "checkpoint_frequency": (0, 1e18), "head_fraction": (0, 1e9), "narrow": (1, 32),
 }  # fmt: skip
 
 # Flags that a resumed run may change
@@ -162,19 +162,19 @@ class QNetwork(nn.Module):
 
     bf16 = False
 
-    def __init__(self, num_outputs: int):
+    def __init__(self, num_outputs: int, narrow: int = 1):
         super().__init__()
         self.network = nn.Sequential(
-            nn.Conv2d(4, 32, 8, stride=4),
+            nn.Conv2d(4, 32 // narrow, 8, stride=4),
             nn.ReLU(),
-            nn.Conv2d(32, 64, 4, stride=2),
+            nn.Conv2d(32 // narrow, 64 // narrow, 4, stride=2),
             nn.ReLU(),
-            nn.Conv2d(64, 64, 3, stride=1),
+            nn.Conv2d(64 // narrow, 64 // narrow, 3, stride=1),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(3136, 512),
+            nn.Linear(64 // narrow * 7 * 7, 512 // narrow),
             nn.ReLU(),
-            nn.Linear(512, num_outputs),
+            nn.Linear(512 // narrow, num_outputs),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -468,16 +468,17 @@ if __name__ == "__main__":
 
     # ALGO LOGIC: networks
     QNetwork.bf16 = args.bf16
-    q_network = QNetwork(num_actions).to(device, memory_format=torch.channels_last)  # the layout of fast convolutions
-    v_network = QNetwork(1).to(device, memory_format=torch.channels_last)
+    q_network, v_network = QNetwork(num_actions, args.narrow), QNetwork(1, args.narrow)
     networks = {"q_network": q_network, "v_network": v_network}
-    target_network = QNetwork(num_actions).to(device, memory_format=torch.channels_last)
+    target_network = QNetwork(num_actions, args.narrow)
 
     def look(stacks: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         max_q, actions = q_network(stacks).max(dim=1)
         return actions, {"max_q": max_q, "v_minus_max_q": v_network(stacks).squeeze(1) - max_q}
 
     # TRY NOT TO MODIFY: checkpoints and transfer
+    for network in (*networks.values(), target_network):
+        network.to(device, memory_format=torch.channels_last)  # the layout of fast convolutions
     for name, network in networks.items():
         if path:
             copy_tensors(network, checkpoint, name, list(network.state_dict()))
@@ -505,7 +506,8 @@ if __name__ == "__main__":
         run_dir += "-2"  # two runs that start in the same second
     checkpoint_path, global_step = path or f"{run_dir}/{args.exp_name}.pt", checkpoint.get("global_step", 0)
     try:
-        rb = Replay(min(args.buffer_size, args.total_timesteps), args.num_envs, device)
+        slots = args.total_timesteps * 5 // 4  # with autoresets; more than the run needs would be touched in vain
+        rb = Replay(min(args.buffer_size, slots), args.num_envs, device)
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if path else None)
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]

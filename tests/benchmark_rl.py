@@ -165,16 +165,16 @@ def updates(args: Args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ddqn, dqv, dqv_max = (importlib.import_module(name) for name in ("ddqn_atari", "dqv_atari", "dqv_max_atari"))
     rb = ddqn.Replay(BUFFER, 8, device)
-    frames, start = np.random.default_rng(0).integers(256, size=(8, 84, 84), dtype=np.uint8), np.zeros(8, bool)
-    rb.start(frames)
-    for _ in range(BUFFER // 8):
-        rb.add(np.zeros(8, np.int64), np.zeros(8), start, frames, start)
+    obs, zeros = np.random.default_rng(0).integers(256, size=(8, 4, 84, 84), dtype=np.uint8), np.zeros(8)
+    for step in range(BUFFER // 8):
+        rb.stage(zeros, zeros, zeros, obs, np.full(8, step == 0), np.ones(8, bool))
+        rb.store()
 
     def learner(module, optimizer, **extra):
         outputs = (18, 1) if module is not ddqn else (18,)
         networks = [module.QNetwork(n).to(device, memory_format=torch.channels_last) for n in outputs]
         target = module.QNetwork(1 if module is dqv else 18).to(device, memory_format=torch.channels_last)
-        optimizers = [module.make_optimizer(optimizer, network, 1e-4, False) for network in networks]
+        optimizers = [module.make_optimizer(module.Args(), optimizer, network, 1e-4) for network in networks]
         return lambda: module.learn(rb.sample(32), 0.99, *networks, target, *optimizers, **extra)
 
     print(f"| ms per update on {device}, median of {args.rounds} | DQN | DDQN | DQV | DQV-Max |\n|-|-|-|-|-|")

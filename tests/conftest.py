@@ -31,15 +31,18 @@ ON_CUDA = {
 
 
 def run(script, *args, cwd, check=True):
-    """What `python script args` in `cwd` does, in this process, which saves seconds of imports; without a GPU."""
+    """What `python script args` in `cwd` does, in this process, which saves seconds of imports; without a GPU.
+
+    `variables` of what comes back are the script's own at its end, if it did not exit.
+    """
     command = [str(ROOT / script), *map(str, args), *(["--no-cuda"] if script in ON_CUDA else [])]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    out, err, code, variables = io.StringIO(), io.StringIO(), 0, {}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", command)
         try:
-            runpy.run_path(command[0], run_name="__main__")
+            variables = runpy.run_path(command[0], run_name="__main__")
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
             err.write(f"{end.code}\n" if isinstance(end.code, str) else "")
@@ -47,6 +50,7 @@ def run(script, *args, cwd, check=True):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     done = subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+    done.variables = variables
     if check and done.returncode:
         raise AssertionError(f"{script} {args} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done
@@ -71,4 +75,4 @@ def toy_flags():
     """Flags of a run of a few seconds on the toy game of `toy_env.py`."""
     flags = "--env-id toy_env:Toy-v0 --num-envs 4 --buffer-size 2000 --learning-starts 200 --train-frequency 8"
     flags += " --total-timesteps 1200 --target-network-frequency 350 --eval-frequency 500 --eval-episodes 8"
-    return (flags + " --checkpoint-frequency 500").split()
+    return (flags + " --checkpoint-frequency 500 --narrow 4 --learning-rate 1e-3").split()
