@@ -137,7 +137,7 @@ def progress(line: Callable[[], str]) -> None:
         say(line(), end="" if tty else "\n")
 
 
-progress.last = -math.inf
+progress.last = time.monotonic()
 
 
 def some(names: list[str]) -> str:
@@ -782,7 +782,7 @@ if __name__ == "__main__":
     say(f"{args.arch} for images of {args.image_size} pixels: {everything:,} parameters, {prunable_count:,} prunable")
     say(f"{run_dir}: {len(state['rows'])} rounds are done, {len(to_do)} to do, on {device}")
     begun = saved_at = time.perf_counter()
-    updates = 0
+    updates, progress.last = 0, -math.inf  # the first line comes at once
     try:
         for to_come, r in zip(reversed(range(len(to_do))), to_do):
             # ALGO LOGIC: what the round begins with

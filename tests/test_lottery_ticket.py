@@ -1,20 +1,16 @@
-"""Lottery tickets: data, networks, exact pruning, rewinding, controls, stopping and going on, reports."""
+"""Lottery tickets: data, networks, exact pruning, rewinding, controls, stopping and going on, reports, fake CUDA."""
 
 import csv
-import gzip
-import importlib
 import json
 import os
 import pickle
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
 
-import lottery_ticket as lt
 import numpy as np
 import pytest
 import torch
@@ -22,11 +18,14 @@ import torch.nn.functional as F
 from conftest import ROOT, only_run, run, scalars
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune as torch_prune
+
+import lottery_ticket as lt
 
 SCRIPT = "lottery_ticket.py"
 # 96 training images: 6 updates an epoch
-SMALL = ["--arch", "conv", "--image-size", 16, "--batch-size", 16, "--workers", 0, "--learning-rate", 0.02]
+SMALL = ["--arch", "conv", "--image-size", 16, "--batch-size", 16, "--learning-rate", 0.02]
 SHORT = ["--epochs", 3, "--rounds", 3, "--rewind", "1ep2it", "--patience", 0, "--milestones", 2]
 
 
@@ -80,9 +79,9 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-def settings(folder, **flags):
-    flags = {"image_size": 16, "batch_size": 16, "workers": 0, "arch": "conv", "learning_rate": 0.02} | flags
-    return lt.Args(dataset=f"folder:{folder}", image_cache=str(folder) + "_cache", **flags)
+def data_of(folder, **flags):
+    """Classes, {split: (images, labels)} and split.csv of a folder of images of 16 pixels."""
+    return lt.load_data(lt.Args(dataset=f"folder:{folder}", image_size=16, **flags))
 
 
 # ------------------------------------------------------------------------------------------------------------ pruning
@@ -96,7 +95,7 @@ def random_weights(seed, levels=None):
     return {n: v if levels is None else (v * levels).round() / levels for n, v in values.items()}
 
 
-@pytest.mark.parametrize("kind", ["global", "layerwise", "channel"])
+@pytest.mark.parametrize("kind", ["global", "channel"])
 @pytest.mark.parametrize("levels", [None, 4], ids=["", "with ties and zeros"])
 def test_31_rounds_keep_exact_counts_and_nest(kind, levels):
     masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in SHAPES.items()}
@@ -126,7 +125,7 @@ def test_pruning_is_torch_s_where_torch_has_it():
         "conv2": nn.Conv2d(12, 40, 3, bias=False),
         "linear": nn.Linear(40, 25, bias=False),
     }
-    for kind in ("global", "layerwise", "channel"):
+    for kind in ("global", "channel"):
         masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in SHAPES.items()}
         theirs = {name: torch.ones(shape) for name, shape in SHAPES.items()}
         for r in range(6):
@@ -140,8 +139,6 @@ def test_pruning_is_torch_s_where_torch_has_it():
                 pairs = [(module, "weight") for module in modules.values()]
                 torch_prune.global_unstructured(pairs, pruning_method=torch_prune.L1Unstructured, amount=0.2)
             for module in modules.values():
-                if kind == "layerwise":
-                    torch_prune.l1_unstructured(module, "weight", amount=0.2)
                 if kind == "channel":
                     torch_prune.ln_structured(module, "weight", amount=0.2, n=1, dim=0)
             theirs = {name: module.weight_mask.clone() for name, module in modules.items()}
@@ -162,7 +159,7 @@ def test_global_pruning_never_empties_a_layer():
 
 
 def test_random_masks_are_as_sparse_in_every_layer_and_nested():
-    for kind in ("global", "layerwise", "channel"):
+    for kind in ("global", "channel"):
         masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in SHAPES.items()}
         before = lt.random_masks(masks, kind, 1)
         assert all(mask.all() for mask in before.values())
@@ -181,14 +178,14 @@ def test_random_masks_are_as_sparse_in_every_layer_and_nested():
 def planted(sparsity=0.9):
     """A sparse convolutional network, its optimizer, what `learn` masks, and a batch."""
     args = lt.Args(learning_rate=0.1, weight_decay=0.01)
-    network = lt.make_network("conv", 3, 16, lt.stream(0))
+    network = lt.make_network("conv", 3, 16, lt.random_stream(0))
     weights = lt.prunable(network)
     masks = lt.prune(
         {n: w.detach() for n, w in weights.items()}, {n: w > -9 for n, w in weights.items()}, "global", sparsity
     )
     lt.apply_masks(network, masks)
     sparse = list(weights.values()), [masks[name].float() for name in weights]
-    images = torch.randn(8, 3, 16, 16, generator=lt.stream(1)).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(8, 3, 16, 16, generator=lt.random_stream(1)).contiguous(memory_format=torch.channels_last)
     return network, lt.make_optimizer(args, network), sparse, images, torch.arange(8) % 3
 
 
@@ -210,23 +207,6 @@ def test_pruned_weights_and_momentum_are_exactly_zero_after_every_update(amp):
     assert all((weight[mask == 0] != 0).any() for weight, mask in zip(*sparse))
 
 
-def test_an_update_by_hand():
-    """Mask, Nesterov momentum and weight decay on two weights."""
-    network = nn.Linear(2, 2, bias=False)
-    network.weight.data = torch.tensor([[1.0, 0.0], [0.5, -1.0]])
-    mask = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    x, label = torch.tensor([[1.0, 2.0]]), torch.tensor([0])
-    optimizer = lt.make_optimizer(lt.Args(learning_rate=0.5, weight_decay=0.1), network)
-    w, buffer = network.weight.detach().clone(), torch.zeros(2, 2)
-    for _ in range(3):
-        p = (x @ w.T).softmax(dim=1)
-        gradient = ((p - torch.tensor([[1.0, 0.0]])).T @ x) * mask + 0.1 * w
-        buffer = 0.9 * buffer + gradient
-        w = w - 0.5 * (gradient + 0.9 * buffer)
-        lt.learn(network, optimizer, ([network.weight], [mask]), x, label, False)
-        assert torch.allclose(network.weight, w, atol=1e-6) and network.weight[0, 1] == 0
-
-
 # ----------------------------------------------------------------------------------------------------------- networks
 
 
@@ -241,7 +221,7 @@ def test_an_update_by_hand():
     ],
 )
 def test_networks(arch, size, parameters):
-    network = lt.make_network(arch, 10, size, lt.stream(0)).eval()
+    network = lt.make_network(arch, 10, size, lt.random_stream(0)).eval()
     assert sum(p.numel() for p in network.parameters()) == parameters
     assert network(torch.zeros(2, 3, size, size)).shape == (2, 10) and network.fc.out_features == 10
     names = lt.prunable(network)
@@ -254,14 +234,11 @@ def test_networks(arch, size, parameters):
         receptive = weight[0, 0].numel()
         bound = (6 / (receptive * (weight.shape[0] + weight.shape[1]))) ** 0.5
         assert 0.9 * bound < weight.abs().max() <= bound
-    twin, other = lt.make_network(arch, 10, size, lt.stream(0)), lt.make_network(arch, 10, size, lt.stream(1))
+    twin, other = (
+        lt.make_network(arch, 10, size, lt.random_stream(0)),
+        lt.make_network(arch, 10, size, lt.random_stream(1)),
+    )
     assert same(network.state_dict(), twin.state_dict()) and not torch.equal(network.fc.weight, other.fc.weight)
-
-
-def test_the_stem_depends_on_the_size_of_the_images():
-    small, large = (lt.make_network("resnet18", 3, size, lt.stream(0)) for size in (64, 65))
-    assert small.conv1.kernel_size == (3, 3) and isinstance(small.maxpool, nn.Identity)
-    assert large.conv1.kernel_size == (7, 7) and isinstance(large.maxpool, nn.MaxPool2d)
 
 
 def test_rewind_points():
@@ -274,101 +251,68 @@ def test_rewind_points():
 # --------------------------------------------------------------------------------------------------------------- data
 
 
-def write_idx(path, values, packed):
-    content = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (gzip.open if packed else open)(f"{path}.gz" if packed else path, "wb").write(content)
-
-
-def write_cifar(root, classes):
-    """CIFAR's pickles with 10 images a file; returns the pixels of train and test."""
-    rng = np.random.default_rng(0)
-    if classes == 10:
-        base, key, names = "cifar-10-batches-py", "labels", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-        meta = "batches.meta", {"label_names": [f"c{i}" for i in range(10)]}
-    else:
-        base, key, names = "cifar-100-python", "fine_labels", ["train", "test"]
-        meta = "meta", {"fine_label_names": [f"c{i}" for i in range(100)]}
-    (root / base).mkdir(parents=True)
-    pixels = []
-    for name in names:
-        pixels.append(rng.integers(0, 256, size=(10 if classes == 10 else 400, 3, 32, 32), dtype=np.uint8))
-        labels = [i % classes for i in range(len(pixels[-1]))]
-        with open(root / base / name, "wb") as file:
-            pickle.dump({"data": pixels[-1].reshape(len(labels), -1), key: labels}, file)
-    with open(root / base / meta[0], "wb") as file:
-        pickle.dump(meta[1], file)
-    return np.concatenate(pixels[:-1]), pixels[-1]
-
-
-@pytest.mark.parametrize("classes", [10, 100])
-def test_cifar_as_torchvision_keeps_it(classes, tmp_path, monkeypatch):
-    train, test = write_cifar(tmp_path, classes)
-    args = lt.Args(dataset=f"cifar{classes}", data_dir=str(tmp_path))
+def test_torchvision_s_sets(tmp_path, monkeypatch):
+    """CIFAR-10 from its pickles and Fashion-MNIST from its IDX files, a tenth of every class for validation."""
+    rng, base = np.random.default_rng(0), tmp_path / "cifar-10-batches-py"
+    base.mkdir()
+    pixels = {}
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        pixels[name] = rng.integers(0, 256, size=(20, 3, 32, 32), dtype=np.uint8)
+        labels = [i % 10 for i in range(20)]
+        (base / name).write_bytes(pickle.dumps({"data": pixels[name].reshape(20, -1), "labels": labels}))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}))
+    args = lt.Args(dataset="cifar10", data_dir=str(tmp_path))
     with pytest.raises(SystemExit, match="could not be read .*corrupted.*--download fetches it"):
-        lt.load_data(args, torch.device("cpu"))  # torchvision compares checksums before it unpickles
+        lt.load_data(args)  # torchvision compares checksums before it unpickles
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    data = lt.load_data(args, torch.device("cpu"))
-    assert args.image_size == data.crop == 32 and len(data.classes) == classes and data.name == f"cifar{classes}"
-    assert torch.equal(data.pixels["test"], torch.from_numpy(test))
-    assert data.pixels["test"].is_contiguous(memory_format=torch.channels_last)
-    assert [len(data.labels[split]) for split in lt.SPLITS] == ([40, 10, 10] if classes == 10 else [300, 100, 400])
-    together = torch.cat([data.pixels["train"], data.pixels["val"]]).flatten(1).tolist()
-    assert sorted(together) == sorted(train.reshape(len(train), -1).tolist())
-
-
-@pytest.mark.parametrize(
-    "dataset, where, packed",
-    [("mnist", "MNIST/raw", False), ("fashion-mnist", "FashionMNIST/raw", True), ("fashion-mnist", ".", True)],
-)
-def test_mnist_s_files_packed_or_not(dataset, where, packed, tmp_path):
-    rng = np.random.default_rng(0)
-    images = {
-        "train": rng.integers(0, 256, (100, 28, 28), dtype=np.uint8),
-        "t10k": rng.integers(0, 256, (20, 28, 28), dtype=np.uint8),
-    }
-    for part, values in images.items():
-        write_idx(tmp_path / where / f"{part}-images-idx3-ubyte", values, packed)
-        write_idx(
-            tmp_path / where / f"{part}-labels-idx1-ubyte", (np.arange(len(values)) % 10).astype(np.uint8), packed
-        )
-    args = lt.Args(dataset=dataset, data_dir=str(tmp_path))
-    data = lt.load_data(args, torch.device("cpu"))
-    assert torch.equal(data.pixels["test"][:, 0], torch.from_numpy(images["t10k"])) and args.image_size == 28
-    assert data.labels["test"].tolist() == [i % 10 for i in range(20)]
-    assert [len(data.labels[split]) for split in lt.SPLITS] == [90, 10, 20]
-    assert data.labels["val"].bincount().tolist() == [1] * 10, "a tenth of every class"
-    feed = lt.Feed(args, data, "test", lt.pixel_statistics(data.pixels["train"]))
-    batch, _ = feed.batch(slice(0, 4), torch.arange(20))
+    classes, parts, rows = lt.load_data(args)
+    assert args.image_size == 32 and classes == [f"c{i}" for i in range(10)] and rows == []
+    assert torch.equal(parts["test"][0], torch.from_numpy(pixels["test_batch"]).permute(0, 2, 3, 1))
+    assert [parts[split][1].bincount().tolist() for split in lt.SPLITS] == [[9] * 10, [1] * 10, [2] * 10]
+    together = torch.cat([parts["train"][0], parts["val"][0]]).permute(0, 3, 1, 2).flatten(1).tolist()
+    assert sorted(together) == sorted(
+        np.concatenate([pixels[n] for n in pixels if n != "test_batch"]).reshape(100, -1).tolist()
+    )
+    raw = tmp_path / "FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    for part, n in (("train", 100), ("t10k", 20)):
+        values = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        header = b"\0\0\x08\x03" + b"".join(size.to_bytes(4, "big") for size in values.shape)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + values.tobytes())
+        labels = (np.arange(n) % 10).astype(np.uint8)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + n.to_bytes(4, "big") + labels.tobytes())
+    args = lt.Args(dataset="fashion-mnist", data_dir=str(tmp_path))
+    parts = lt.load_data(args)[1]
+    assert torch.equal(parts["test"][0][..., 0], torch.from_numpy(values)) and args.image_size == 28
+    assert [len(parts[split][1]) for split in lt.SPLITS] == [90, 10, 20]
+    images = lt.Images(*parts["test"], lt.pixel_statistics(parts["train"][0]), 28, 28, "none")
+    batch, _ = images.batch(slice(0, 4), torch.arange(20))
     assert batch.shape == (4, 3, 28, 28) and torch.equal(batch[:, 0], batch[:, 2])
-    path = next((tmp_path / where).glob("t10k-images*"))
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(SystemExit, match="t10k-images.* is damaged"):
-        lt.load_data(args, torch.device("cpu"))
 
 
 def test_folders_are_split_by_seed_and_within_classes(folder):
     seen = []
     for seed in (1, 1, 2):
-        data = lt.load_data(settings(folder, seed=seed), torch.device("cpu"))
-        assert [data.labels[s].bincount().tolist() for s in lt.SPLITS] == [[32] * 3, [4] * 3, [4] * 3]
-        assert data.pixels["train"].shape == (96, 3, 18, 18) and data.classes == ["level", "slanting", "upright"]
-        seen.append(data.pixels["test"])
+        classes, parts, rows = data_of(folder, seed=seed)
+        assert [parts[s][1].bincount().tolist() for s in lt.SPLITS] == [[32] * 3, [4] * 3, [4] * 3]
+        assert parts["train"][0].shape == (96, 18, 18, 3) and classes == ["level", "slanting", "upright"]
+        assert sorted(row["path"] for row in rows) == lt.find_images(str(folder))
+        assert all(row["path"].startswith(row["class"]) for row in rows)
+        seen.append(parts["test"][0])
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
-    part = lt.load_data(settings(folder, train_fraction=0.25), torch.device("cpu"))
-    assert [part.labels[s].bincount().tolist() for s in lt.SPLITS] == [[8] * 3, [4] * 3, [4] * 3]
-    assert torch.equal(part.pixels["test"], seen[0])
+    _, part, _ = data_of(folder, train_fraction=0.25)
+    assert [part[s][1].bincount().tolist() for s in lt.SPLITS] == [[8] * 3, [4] * 3, [4] * 3]
+    assert torch.equal(part["test"][0], seen[0])
 
 
 def test_folders_that_are_split_already_and_odd_images(folder, tmp_path, capsys):
     for split, numbers in (("train", range(30)), ("val", range(30, 35)), ("test", range(35, 40))):
         for kind in ("level", "upright", "slanting"):
-            if (split, kind) != ("val", "slanting"):
+            if (split, kind) not in (("val", "slanting"), ("test", "level")):
                 (tmp_path / "set" / split / kind).mkdir(parents=True)
                 for i in numbers:
                     shutil.copy(folder / kind / f"{i:02d}.png", tmp_path / "set" / split / kind)
     odd, ramp = tmp_path / "set/test/level", np.tile(np.arange(48, dtype=np.uint8) * 5, (48, 1))
-    shutil.rmtree(odd)
     odd.mkdir()
     Image.fromarray(ramp.astype(np.uint16) * 257).save(odd / "a16.png")
     clear = np.dstack([ramp, ramp, ramp, np.full_like(ramp, 0)])
@@ -380,54 +324,76 @@ def test_folders_that_are_split_already_and_odd_images(folder, tmp_path, capsys)
     turned.save(odd / "d_turned.png", exif=exif)
     Image.fromarray(np.tile(ramp, (1, 3))[:, :100]).save(odd / "e_wide.gif")
     (odd / "f_broken.png").write_bytes(b"no image")
+    (odd / "g_nowhere.png").symlink_to("nowhere.png")
     (odd / "notes.txt").write_text("no image")
-    data = lt.load_data(settings(tmp_path / "set"), torch.device("cpu"))
+    classes, parts, _ = data_of(tmp_path / "set")
     out = capsys.readouterr().out
-    assert "left out: test/level/f_broken.png cannot be read, UnidentifiedImageError" in out
-    assert "1 classes with 35 images are not in all of train, val and test and are left out: slanting" in out
-    assert data.classes == ["level", "upright"]
-    assert [len(data.labels[split]) for split in lt.SPLITS] == [60, 10, 10]
-    found = data.pixels["test"][data.labels["test"] == 0].float()
+    assert "2 images cannot be read and are left out: test/level/f_broken.png (UnidentifiedImageError" in out
+    assert "1 classes are not in all of train, val and test and are left out: slanting" in out
+    assert classes == ["level", "upright"] and [len(parts[split][1]) for split in lt.SPLITS] == [60, 10, 10]
+    found = parts["test"][0][parts["test"][1] == 0].float().permute(0, 3, 1, 2)
     assert len(found) == 5
     expected = F.interpolate(torch.from_numpy(ramp)[None, None].float(), (18, 18), mode="bilinear", antialias=True)[0]
     assert (found[0] - expected).abs().max() <= 3, "16 bits"
     assert (found[1] == 255).all(), "transparent is white"
     assert (found[2] - expected).abs().max() <= 12 and (found[4][0] == found[4][2]).all()
     assert (found[3] - expected.flip(2)).abs().max() <= 3, "turned upright"
-    again = lt.load_data(settings(tmp_path / "set"), torch.device("cpu"))
-    assert (
-        torch.equal(again.pixels["test"], data.pixels["test"])
-        and len(os.listdir(str(tmp_path / "set") + "_cache")) == 1
-    )
 
 
-def known_data(sizes, side, channels=3, crop=None):
-    shapes = {split: (n, side, side, channels) for split, n in sizes.items()}
-    pixels = {s: torch.randint(0, 256, shape, generator=lt.stream(s), dtype=torch.uint8) for s, shape in shapes.items()}
-    pixels = {split: values.permute(0, 3, 1, 2) for split, values in pixels.items()}
-    return lt.Data("known", ["a", "b"], pixels, {s: torch.arange(n) % 2 for s, n in sizes.items()}, crop or side)
+def test_links_do_not_put_a_picture_into_several_splits(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "set")
+    (tmp_path / "set/level/up").symlink_to(tmp_path / "set")
+    (tmp_path / "set/slanting/up").symlink_to("..")
+    (tmp_path / "set/aaa").symlink_to("level/00.png")
+    (tmp_path / "set/level/again.png").symlink_to("../upright/00.png")
+    (tmp_path / "set/elsewhere").symlink_to(folder / "level")
+    classes, parts, rows = data_of(tmp_path / "set")
+    assert len(rows) == len({os.path.realpath(tmp_path / "set" / row["path"]) for row in rows}) == 4 * 40
+    assert classes == ["elsewhere", "level", "slanting", "upright"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(folder, monkeypatch):
+    scandir = os.scandir
+
+    def guarded(path):
+        if str(path).endswith("upright"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(SystemExit, match="Permission denied.*upright"):
+        lt.find_images(str(folder))
+
+
+def test_images_of_too_many_pixels_are_not_decoded(tmp_path, monkeypatch):
+    Image.new("1", (30_000, 30_000)).save(tmp_path / "square.png")
+    Image.new("1", (1, 60_000)).save(tmp_path / "thread.png")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
+    for name in ("square.png", "thread.png"):
+        with pytest.raises(ValueError, match="pixels are too many"):
+            lt.open_image(str(tmp_path / name), 224)
 
 
 @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip"])
 @pytest.mark.parametrize("margin", [0, 4])
 def test_augmentation_on_the_device(augment, margin):
     """What a loop over images, that pads, cuts, mirrors and normalises each, would make of them."""
-    data = known_data({"train": 20, "val": 5}, 16 + margin, crop=16)
-    args = lt.Args(image_size=16, augment=augment)
-    moments = lt.pixel_statistics(data.pixels["train"])
-    numbers = data.pixels["train"].double()
-    assert torch.allclose(moments[0].double(), numbers.mean(dim=(0, 2, 3)), atol=1e-4)
-    assert torch.allclose(moments[1].double(), numbers.std(dim=(0, 2, 3), correction=0), atol=1e-4)
-    feed, seen = lt.Feed(args, data, "train", moments), []
+    side = 16 + margin
+    pixels = torch.randint(0, 256, (20, side, side, 3), generator=lt.random_stream(0), dtype=torch.uint8)
+    moments, numbers = lt.pixel_statistics(pixels), pixels.double()
+    assert torch.allclose(moments[0].double(), numbers.mean(dim=(0, 1, 2)), atol=1e-4)
+    assert torch.allclose(moments[1].double(), numbers.std(dim=(0, 1, 2), correction=0), atol=1e-4)
+    split, seen = lt.Images(pixels, torch.arange(20) % 2, moments, 16, 16, augment), []
     for epoch in range(2):
-        plan = feed.plan(3, epoch)
-        order, corners, mirrored = plan
-        assert sorted(order.tolist()) == list(range(20)) and feed.span == (0 if augment == "none" and not margin else 4)
+        order, corners, mirrored = plan = split.plan_epoch(3, epoch)
+        assert sorted(order.tolist()) == list(range(20)) and split.span == (
+            0 if augment == "none" and not margin else 4
+        )
         for part in (slice(0, 16), slice(16, 32)):
-            images, labels = feed.batch(part, *plan)
+            images, labels = split.batch(part, *plan)
             assert images.is_contiguous(memory_format=torch.channels_last)
             for row, i in enumerate(order[part].tolist()):
-                image = data.pixels["train"][i].float()
+                image = pixels[i].permute(2, 0, 1).float()
                 y, x = corners[part][row].tolist()
                 if augment == "none":
                     image = image[:, margin // 2 : margin // 2 + 16, margin // 2 : margin // 2 + 16]
@@ -439,20 +405,62 @@ def test_augmentation_on_the_device(augment, margin):
                 assert torch.equal(images[row], expected) and labels[row] == i % 2
         seen.append(torch.cat([order, corners.flatten(), mirrored]))
     assert not torch.equal(*seen) and {0, 4} <= set(corners.flatten().tolist()) <= set(range(5)) or augment == "none"
-    val = lt.Feed(args, data, "val", moments)
-    middle = data.pixels["val"][:, :, margin // 2 : margin // 2 + 16, margin // 2 : margin // 2 + 16].float()
-    found, _ = val.batch(slice(0, 9), torch.arange(5))
-    assert torch.equal(found, (middle - moments[0].view(3, 1, 1)) / moments[1].view(3, 1, 1)), "never augmented"
 
 
 @pytest.mark.parametrize("size", [8, 24])
 def test_other_image_sizes_are_made_on_the_device(size):
-    data = known_data({"train": 4}, 16, channels=1)
-    moments = lt.pixel_statistics(data.pixels["train"])
-    feed = lt.Feed(lt.Args(image_size=size, augment="none"), data, "train", moments)
-    images, _ = feed.batch(slice(0, 4), torch.arange(4))
-    normal = ((data.pixels["train"].float() - moments[0][0]) / moments[1][0]).expand(4, 3, 16, 16)
+    pixels = torch.randint(0, 256, (4, 16, 16, 1), generator=lt.random_stream(0), dtype=torch.uint8)
+    moments = lt.pixel_statistics(pixels)
+    images, _ = lt.Images(pixels, torch.arange(4), moments, 16, size, "none").batch(slice(0, 4), torch.arange(4))
+    normal = ((pixels.permute(0, 3, 1, 2).float() - moments[0][0]) / moments[1][0]).expand(4, 3, 16, 16)
     assert torch.allclose(images, F.interpolate(normal, (size, size), mode="bilinear", antialias=size < 16), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- CUDA
+
+
+def test_weights_are_drawn_on_the_cpu_before_the_network_moves(monkeypatch):
+    calls, draw = [], nn.init.xavier_uniform_
+
+    def drawn(tensor, generator):
+        calls.append(("draw", tensor.device.type, generator.device.type))
+        return draw(tensor, generator=generator)
+
+    monkeypatch.setattr(nn.init, "xavier_uniform_", drawn)
+    monkeypatch.setattr(nn.Module, "to", lambda self, device, **_: calls.append(("move", str(device))) or self)
+    lt.make_network("conv", 3, 16, lt.random_stream(0), lt.random_stream(1), torch.device("cuda"))
+    assert calls == [("draw", "cpu", "cpu")] * 5 + [("move", "cuda")]
+
+
+@pytest.mark.parametrize("arch", ["conv", "mlp", "resnet20", "resnet18"])
+def test_a_round_on_fake_cuda(arch, monkeypatch):
+    """Batches, masks from the CPU, updates and tests on CUDA tensors: wrong devices and hidden `.item()` raise."""
+    monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # fake parameters cannot be moved
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pixels, labels = (torch.empty(shape, dtype=torch.uint8, device="cuda") for shape in ((20, 18, 18, 3), (20,)))
+        moments = lt.pixel_statistics(pixels)
+        split, plain = (lt.Images(pixels, labels.long(), moments, 16, 16, kind) for kind in ("crop-flip", "none"))
+        with torch.device("cuda"):
+            network = lt.make_network(arch, 3, 16, lt.random_stream(0))
+        weights = lt.prunable(network)
+        masks = {name: torch.ones(weight.shape, dtype=torch.bool, device="cpu") for name, weight in weights.items()}
+        lt.apply_masks(network, masks)
+        sparse = list(weights.values()), [torch.empty_like(w).copy_(masks[name]) for name, w in weights.items()]
+        optimizer = lt.make_optimizer(lt.Args(), network)
+        for group in optimizer.param_groups:
+            group |= {"fused": False, "foreach": True}  # the fused kernel has no fake twin
+
+        def backward(loss):
+            assert loss.device.type == "cuda"
+            for parameter in network.parameters():
+                parameter.grad = torch.empty_like(parameter)
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)  # autograd does not run on fake CUDA tensors
+        images, labels = split.batch(slice(0, 8), *split.plan_epoch(1, 0))
+        assert images.device.type == labels.device.type == "cuda" and images.shape == (8, 3, 16, 16)
+        loss = lt.learn(network, optimizer, sparse, images, labels, False)
+        assert loss.device.type == "cuda" and lt.evaluate(network, plain, False).device.type == "cuda"
+        assert {state["momentum_buffer"].device.type for state in optimizer.state.values()} == {"cuda"}
 
 
 # -------------------------------------------------------------------------------------------------------- source runs
@@ -461,110 +469,101 @@ def test_other_image_sizes_are_made_on_the_device(size):
 def test_a_source_run_leaves_tickets(source, folder):
     rows, logged = rows_of(source), scalars(source, ())
     assert source.name == f"{folder.name}__lottery_ticket__conv__own-global__1"
-    assert sorted(p.name for p in source.glob("*") if not p.name.startswith("events")) == [
-        "hyperparameters.json", "results.csv", "round_00.pt", "round_01.pt", "round_02.pt"]  # fmt: skip
-    prunable = 3 * 32 * 9 + 32 * 64 * 9 + 64 * 128 * 9 + 128 * 256 * 9
-    left = prunable
+    names = {path.name for path in source.iterdir() if not path.name.startswith("events")}
+    tickets = {"round_00.pt", "round_01.pt", "round_02.pt"}
+    assert names == tickets | {".lock", "curves.png", "hyperparameters.json", "last.pt", "results.csv", "split.csv"}
+    left = prunable = 3 * 32 * 9 + 32 * 64 * 9 + 64 * 128 * 9 + 128 * 256 * 9
     for r, row in enumerate(rows):
         ticket = load(source / f"round_{r:02d}.pt")
         meta, mask = ticket["meta"], ticket["mask"]
-        assert set(ticket) == {"mask", "weights", "trained", "meta"} and all(
-            m.dtype == torch.bool for m in mask.values()
-        )
         assert int(row["remaining"]) == left == sum(int(m.sum()) for m in mask.values()) and int(row["round"]) == r
         assert float(row["sparsity"]) == 1 - left / prunable == meta["sparsity"] and int(row["prunable"]) == prunable
         assert int(row["parameters"]) == left + 2 * 480 + 256 * 3 + 3
-        for state in ("weights", "trained"):
-            assert all(
-                (ticket[state][name][~m] == 0).all() and (ticket[state][name][m] != 0).all() for name, m in mask.items()
-            )
-        for name, value in {
-            "arch": "conv",
-            "dataset": folder.name,
-            "image_size": 16,
-            "seed": 1,
-            "pruning": "global",
-            "rewind": "1ep2it",
-            "round": r,
-            "classes": ["level", "slanting", "upright"],
-        }.items():
-            assert meta[name] == value
+        for state in (ticket["weights"], ticket["trained"]):
+            assert all((state[name][~m] == 0).all() and (state[name][m] != 0).all() for name, m in mask.items())
+        expected = {"arch": "conv", "dataset": folder.name, "image_size": 16, "seed": 1, "pruning": "global",
+                    "rewind": "1ep2it", "round": r, "classes": ["level", "slanting", "upright"]}  # fmt: skip
+        assert {name: meta[name] for name in expected} == expected
         assert meta["test_accuracy"] == float(row["test_accuracy"]) and row["epochs"] == "3"
         left -= round(0.2 * left)
-    assert logged["rounds/test_accuracy"] == [
-        (r, pytest.approx(float(row["test_accuracy"]))) for r, row in enumerate(rows)
-    ]
+    accuracies = [(r, pytest.approx(float(row["test_accuracy"]))) for r, row in enumerate(rows)]
+    assert logged["rounds/test_accuracy"] == accuracies
     assert [step for step, _ in logged["round_00/train_loss"]] == [1, 2, 3]
+    with Image.open(source / "curves.png") as image:
+        assert len(set(image.convert("L").tobytes())) > 50
+    with open(source / "split.csv") as file:
+        assert [row["split"] for row in csv.DictReader(file)] == ["train"] * 96 + ["val"] * 12 + ["test"] * 12
 
 
 def test_rounds_are_rewound_in_every_tensor(source):
     first = load(source / "round_00.pt")
-    start = lt.make_network("conv", 3, 16, lt.stream(1, "source")).state_dict()
+    start = lt.make_network("conv", 3, 16, lt.random_stream(1, "source")).state_dict()
     assert first["weights"]["trunk.1.num_batches_tracked"] == 8  # 1ep2it
     assert not torch.equal(first["weights"]["trunk.0.weight"], start["trunk.0.weight"]), "late rewinding"
-    before = first["mask"]
     for r in (1, 2):
-        ticket = load(source / f"round_{r:02d}.pt")
-        assert all((mask <= before[name]).all() for name, mask in ticket["mask"].items()), "not nested"
-        previous = load(source / f"round_{r - 1:02d}.pt")
+        ticket, previous = load(source / f"round_{r:02d}.pt"), load(source / f"round_{r - 1:02d}.pt")
         assert same(ticket["mask"], lt.prune(previous["trained"], previous["mask"], "global", 0.2))
         for name, tensor in ticket["weights"].items():
             mask = ticket["mask"].get(name, torch.ones((), dtype=torch.bool))
             assert torch.equal(tensor, first["weights"][name] * mask), name
-        before = ticket["mask"]
+
+
+def test_learning_rate_rewinding_keeps_the_trained_weights(source, folder, tmp_path):
+    """Renda et al. (2020): the same first round; then trained weights, pruned, and the schedule of the rewind point."""
+    run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *SHORT, "--control", "lr-rewinding", cwd=tmp_path)
+    other = only_run(tmp_path / "runs")
+    assert other.name.split("__")[3] == "own-global-lr-rewinding"
+    assert same(load(other / "round_00.pt")["trained"], load(source / "round_00.pt")["trained"])
+    for r in (1, 2):
+        ticket, previous = load(other / f"round_{r:02d}.pt"), load(other / f"round_{r - 1:02d}.pt")
+        assert same(ticket["mask"], lt.prune(previous["trained"], previous["mask"], "global", 0.2))
+        for name, tensor in ticket["weights"].items():
+            assert torch.equal(tensor, previous["trained"][name] * ticket["mask"].get(name, torch.tensor(True))), name
+        rates = [(2, pytest.approx(0.1 * 0.2)), (3, pytest.approx(0.1 * 0.02))]
+        assert scalars(other)[f"round_0{r}/learning_rate"] == rates
+        assert ticket["trained"]["trunk.1.num_batches_tracked"] == 18 + 10 * r
 
 
 def test_a_round_by_hand(source, folder):
-    """From the rewind point on: the images and the learning rates of their epochs, a new optimizer, the masks."""
+    """From the rewind point on: images and learning rates of their epochs, a new optimizer, masks; then its metrics."""
     ticket, row = load(source / "round_01.pt"), rows_of(source)[1]
-    args = settings(folder)
-    data = lt.load_data(args, torch.device("cpu"))
-    feed = lt.Feed(args, data, "train", lt.pixel_statistics(data.pixels["train"]))
-    network = lt.make_network("conv", 3, 16, lt.stream(9))
+    _, parts, _ = data_of(folder)
+    moments = lt.pixel_statistics(parts["train"][0])
+    split = lt.Images(*parts["train"], moments, 16, 16, "crop")
+    network = lt.make_network("conv", 3, 16, lt.random_stream(9))
     network.load_state_dict(ticket["weights"])
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    rest = [p for p in network.parameters() if p.ndim <= 1]
+    decayed, rest = ([p for p in network.parameters() if (p.ndim > 1) == many] for many in (True, False))
     groups = [{"params": decayed, "weight_decay": 1e-5}, {"params": rest, "weight_decay": 0}]
     optimizer = torch.optim.SGD(groups, 0.02, momentum=0.9, nesterov=True, fused=True)
-    network.train()
     for step in range(8, 6 * int(row["best_epoch"])):
         epoch, batch = divmod(step, 6)
-        order, corners, _ = feed.plan(1, epoch)
-        images, labels = feed.batch(slice(batch * 16, batch * 16 + 16), order, corners)
+        order, corners, _ = split.plan_epoch(1, epoch)
+        images, labels = split.batch(slice(batch * 16, batch * 16 + 16), order, corners)
         for group in optimizer.param_groups:
-            group["lr"] = 0.002 if epoch >= 2 else 0.02
+            group["lr"] = 0.1 * 0.02 if epoch >= 2 else 0.02
         loss = F.cross_entropy(network(images), labels)
         optimizer.zero_grad()
         loss.backward()
         for name, weight in lt.prunable(network).items():
             weight.grad *= ticket["mask"][name]
         optimizer.step()
-    assert int(row["best_epoch"]) > 1 and same(network.state_dict(), ticket["trained"])
-    rates = scalars(source)["round_01/learning_rate"]
-    assert rates == [(2, pytest.approx(0.02)), (3, pytest.approx(0.002))], "the schedule goes on at the rewind point"
-
-
-def test_metrics_by_hand(source, folder):
-    args, row, ticket = settings(folder), rows_of(source)[2], load(source / "round_02.pt")
-    data = lt.load_data(args, torch.device("cpu"))
-    network = lt.make_network("conv", 3, 16, lt.stream(0)).eval()
-    network.load_state_dict(ticket["trained"])
+    assert int(row["best_epoch"]) == 3 and same(network.state_dict(), ticket["trained"])
     mean, std = (torch.tensor(ticket["meta"][name]).view(3, 1, 1) for name in ("mean", "std"))
-    for split in ("val", "test"):
-        logits = network((data.pixels[split][:, :, 1:17, 1:17].float() - mean) / std).detach()
-        accuracy = (logits.argmax(1) == data.labels[split]).double().mean().item()
-        assert float(row[f"{split}_accuracy"]) == pytest.approx(accuracy)
-        if split == "val":
-            loss = -logits.log_softmax(1)[range(len(logits)), data.labels[split]].mean().item()
+    for name in ("val", "test"):
+        pixels, labels = parts[name]
+        logits = network.eval()((pixels.permute(0, 3, 1, 2)[:, :, 1:17, 1:17].float() - mean) / std).detach()
+        assert float(row[f"{name}_accuracy"]) == (logits.argmax(1) == labels).double().mean().item()
+        if name == "val":
+            loss = -logits.log_softmax(1)[range(len(logits)), labels].mean().item()
             assert float(row["val_loss"]) == pytest.approx(loss, rel=1e-5)
-    values = [value for _, value in scalars(source)["round_02/val_loss"]]
-    assert float(row["val_loss"]) == pytest.approx(values[-1]) and row["best_epoch"] == row["epochs"] == "3"
 
 
-def watched(checks):
-    """torch's SGD, that looks at its weights before every update and after the last."""
+def test_nothing_pruned_ever_moves_in_a_run(folder, tmp_path, monkeypatch):
+    checks = []
 
     class Watched(torch.optim.SGD):
+        """Looks at its weights before every update."""
+
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.zeros = None
@@ -578,44 +577,17 @@ def watched(checks):
                 checks[-1]["sparse"] = sum(int(zero.sum()) for zero in self.zeros)
             for weight, zero in zip(weights, self.zeros):
                 assert torch.equal(weight == 0, zero)
-                if self.state:
-                    assert (self.state[weight]["momentum_buffer"][zero] == 0).all()
+                assert not self.state or (self.state[weight]["momentum_buffer"][zero] == 0).all()
             checks[-1]["updates"] += 1
             super().zero_grad(*args, **kwargs)
 
-    return Watched
-
-
-@pytest.mark.parametrize("pruning", ["layerwise", "channel"])
-def test_nothing_pruned_ever_moves_in_a_run(pruning, folder, tmp_path, monkeypatch):
-    checks = []
-    monkeypatch.setattr(torch.optim, "SGD", watched(checks))
-    run(
-        SCRIPT,
-        "--dataset",
-        f"folder:{folder}",
-        *SMALL,
-        *SHORT,
-        "--pruning",
-        pruning,
-        "--augment",
-        "crop-flip",
-        cwd=tmp_path,
-    )
+    monkeypatch.setattr(torch.optim, "SGD", Watched)
+    flags = [*SMALL, *SHORT, "--pruning", "channel", "--augment", "crop-flip"]
+    run(SCRIPT, "--dataset", f"folder:{folder}", *flags, cwd=tmp_path)
     rows = rows_of(only_run(tmp_path / "runs"))
     assert [check["updates"] for check in checks] == [18, 10, 10]
     assert [check["sparse"] for check in checks] == [int(row["prunable"]) - int(row["remaining"]) for row in rows]
     assert checks[0]["sparse"] == 0 < checks[1]["sparse"] < checks[2]["sparse"]
-
-
-def test_the_stripes_are_learned_and_a_ticket_of_a_sixth_learns_them_too(folder, tmp_path):
-    flags = ["--epochs", 6, "--rounds", 9, "--rewind", "1ep", "--patience", 0]
-    run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *flags, "--learning-rate", 0.05, "--seed", 3, cwd=tmp_path)
-    rows = rows_of(only_run(tmp_path / "runs"))
-    assert float(rows[-1]["sparsity"]) > 0.8
-    losses = scalars(only_run(tmp_path / "runs"))
-    for r in (0, 8):
-        assert float(rows[r]["test_accuracy"]) > 0.6 and losses[f"round_0{r}/train_loss"][-1][1] < 0.6, rows[r]
 
 
 def test_early_stopping_waits_for_the_rewind_point(folder, tmp_path):
@@ -630,88 +602,137 @@ def test_early_stopping_waits_for_the_rewind_point(folder, tmp_path):
         assert float(row["val_loss"]) == pytest.approx(min(losses))
 
 
+def test_small_networks_have_a_short_schedule_and_the_eta_is_that_of_the_run(folder, tmp_path, monkeypatch):
+    steps, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs))
+    monkeypatch.setattr(time, "perf_counter", lambda: 10.0 * len(steps))  # an update takes ten seconds
+    flags = [*SMALL[:-2], "--rounds", 3, "--prune-fraction", 0.5]
+    out = run(SCRIPT, "--dataset", f"folder:{folder}", *flags, cwd=tmp_path).stdout
+    settings = json.loads((only_run(tmp_path / "runs") / "hyperparameters.json").read_text())
+    assert settings["epochs"] == 6 and settings["milestones"] == [3, 4, 5] and settings["rewind"] == "2ep"
+    # 35 updates of the first round and 24 of each of the others
+    assert "round 0 epoch 1/6 17%" in out and "ETA of the run 0:13:50 at most" in out
+
+
 # --------------------------------------------------------------------------------------------- stopping and going on
 
 
-def killed_after(monkeypatch, what, n):
-    """Send SIGTERM to this process after the n-th update, or within the n-th test of a split."""
-    calls, step, cross_entropy = [], torch.optim.SGD.step, F.cross_entropy
-
-    def count():
-        calls.append(1)
-        if len(calls) == n:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def counted_step(self, *args, **kwargs):
-        result = step(self, *args, **kwargs)
-        if what == "update":
-            count()
-        return result
-
-    def counted_loss(*args, **kwargs):
-        if what == "test" and kwargs.get("reduction") == "sum":
-            count()
-        return cross_entropy(*args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", counted_step)
-    monkeypatch.setattr(F, "cross_entropy", counted_loss)
+def start_process(folder, cwd, *more, stderr=subprocess.STDOUT):
+    flags = [*SMALL, *SHORT, "--no-cuda", *more]
+    command = [sys.executable, str(ROOT / SCRIPT), "--dataset", f"folder:{folder}", *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": stderr}
+    return subprocess.Popen(command, cwd=cwd, text=True, start_new_session=True, **pipes)
 
 
-def test_a_run_stopped_again_and_again_is_the_same_to_the_last_bit(source, folder, tmp_path):
-    """Stopped before the rewind point, between it and an epoch's end, in validation, in the test, in later rounds."""
-    stops = [
-        ("update", 3),
-        ("update", 7),
-        ("test", 1),
-        ("update", 2),
-        ("test", 2),
-        ("update", 8),
-        ("update", 9),
-        ("test", 2),
-    ]
-    for what, n in stops:
-        with pytest.MonkeyPatch.context() as patch:
-            killed_after(patch, what, n)
-            done = run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *SHORT, cwd=tmp_path, check=False)
-        assert done.returncode == 143 and "the same command goes on" in done.stdout, done.stdout + done.stderr
-        assert (only_run(tmp_path / "runs") / "last.pt").is_file()
-    out = run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *SHORT, cwd=tmp_path).stdout
-    again = only_run(tmp_path / "runs")
-    assert "goes on with round" in out and rows_of(again) == rows_of(source) and not (again / "last.pt").exists()
+def wait_for(process, folder, pattern):
+    while not list(folder.glob(pattern)) and process.poll() is None:
+        time.sleep(0.01)
+
+
+def assert_like(again, source):
+    """A run that was stopped and went on has the same rounds, tickets and points as one that was not."""
+    times = {"charts/images_per_second"}
+    assert rows_of(again) == rows_of(source) and scalars(again, times) == scalars(source, times)
     for r in range(3):
         one, other = load(source / f"round_{r:02d}.pt"), load(again / f"round_{r:02d}.pt")
         assert all(same(one[name], other[name]) for name in ("mask", "weights", "trained"))
-    times = {"charts/images_per_second"}
-    assert scalars(again, times) == scalars(source, times)
-    assert "all rounds are done" in run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *SHORT, cwd=tmp_path).stdout
+    assert not list(again.glob("*.tmp"))
 
 
-def test_a_process_killed_in_the_middle_of_a_round(source, folder, tmp_path):
-    flags = ["--dataset", f"folder:{folder}", *map(str, SMALL), *map(str, SHORT), "--no-cuda"]
-    command = [sys.executable, str(ROOT / SCRIPT), *flags]
-    process = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not list(tmp_path.glob("runs/*/round_00.pt")) and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize("clock", [1.0, 100.0], ids=["", "a checkpoint every epoch"])
+def test_a_run_stopped_again_and_again_is_the_same(clock, source, folder, tmp_path, monkeypatch):
+    """Stopped before the rewind point, between it and an epoch's end, in tests, in later rounds; by --resume or not."""
+    calls, step, cross_entropy, stop = [], torch.optim.SGD.step, F.cross_entropy, ["", 0]
+
+    def count(event):
+        calls.append(event)
+        if calls.count(event) == stop[1] and event == stop[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def counted_loss(*args, **kwargs):
+        count("test" if kwargs.get("reduction") == "sum" else "batch")
+        return cross_entropy(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *args, **kwargs: (step(*args, **kwargs), count("update")))
+    monkeypatch.setattr(F, "cross_entropy", counted_loss)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock * len(calls))
+    flags = ["--dataset", f"folder:{folder}", *SMALL, *SHORT]
+    for i, stop[:] in enumerate(
+        [("update", 3), ("update", 7), ("test", 1), ("update", 8), ("test", 3), ("update", 11)]
+    ):
+        calls.clear()
+        if i % 2:
+            flags = ["--resume", next(iter((tmp_path / "runs").iterdir())) / ("last.pt" if i == 3 else "")]
+        done = run(SCRIPT, *flags, cwd=tmp_path, check=False)
+        assert done.returncode == 130 and "goes on after the last finished epoch" in done.stderr, done.stderr
+    stop[1] = 0
+    run(SCRIPT, *flags, cwd=tmp_path)
+    assert_like(only_run(tmp_path / "runs"), source)
+    assert "all rounds are done" in run(SCRIPT, *flags, cwd=tmp_path).stdout
+    assert_like(only_run(tmp_path / "runs"), source)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_a_process_group_killed_in_the_middle_of_a_round(number, source, folder, tmp_path):
+    process = start_process(folder, tmp_path)
+    wait_for(process, tmp_path, "runs/*/events*.round_01")
+    os.killpg(process.pid, number)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 143 and "stopped in round 1" in out, out
-    run(SCRIPT, *flags[:-1], cwd=tmp_path)
-    again = only_run(tmp_path / "runs")
-    assert rows_of(again) == rows_of(source)
-    assert all(
-        same(load(again / "round_02.pt")[name], load(source / "round_02.pt")[name]) for name in ("weights", "trained")
-    )
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130) and "Traceback" not in out, out
+    (only_run(tmp_path / "runs") / "round_01.pt.1234.tmp").write_bytes(b"half")
+    run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *SHORT, cwd=tmp_path)
+    assert_like(only_run(tmp_path / "runs"), source)
+
+
+def test_a_closed_pipe_leaves_a_checkpoint(folder, tmp_path):
+    process = start_process(folder, tmp_path, "--rounds", 40, stderr=subprocess.DEVNULL)
+    wait_for(process, tmp_path, "runs/*/events*.round_01")
+    process.stdout.close()
+    assert process.wait(timeout=120) == 130
+    state = load(only_run(tmp_path / "runs") / "last.pt")
+    assert state["history"] and 0 < len(state["rows"]) < 40
+
+
+def test_the_same_command_twice_at_once_is_refused(folder, tmp_path):
+    process = start_process(folder, tmp_path, "--rounds", 40)
+    wait_for(process, tmp_path, "runs/*/events*.round_00")
+    done = run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *SHORT, cwd=tmp_path, check=False)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert done.returncode == 1 and "cannot be written, or another process does it" in done.stderr
+
+
+def test_a_full_disk_gets_one_line_and_leaves_nothing_half_written(source, folder, tmp_path, monkeypatch):
+    save, flags, written = torch.save, ["--dataset", f"folder:{folder}", *SMALL, *SHORT], []
+
+    def full(content, path):
+        written.append(path)
+        if len(written) == 4:  # the checkpoint after the second round
+            with open(path, "wb") as file:
+                file.write(b"a part")
+            raise OSError(28, "No space left on device")
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    done = run(SCRIPT, *flags, cwd=tmp_path, check=False)
+    run_dir = only_run(tmp_path / "runs")
+    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0 and "No space left" in done.stderr
+    assert not list(run_dir.glob("*.tmp")) and len(load(run_dir / "last.pt")["rows"]) == 1
+    assert all(f".{os.getpid()}." in path for path in written), "a temporary name without the process"
+    monkeypatch.undo()
+    run(SCRIPT, *flags, cwd=tmp_path)
+    assert_like(run_dir, source)
 
 
 def test_more_rounds_continue_a_run_and_other_flags_are_refused(source, folder, tmp_path):
     shutil.copytree(source, tmp_path / "runs" / source.name)
-    flags = ["--dataset", f"folder:{folder}", *SMALL, *SHORT]
-    run(SCRIPT, *flags, "--rounds", 4, cwd=tmp_path)
+    run(SCRIPT, "--resume", tmp_path / "runs" / source.name, "--rounds", 4, cwd=tmp_path)
     rows = rows_of(only_run(tmp_path / "runs"))
     assert rows[:3] == rows_of(source) and int(rows[3]["remaining"]) == round(0.8 * int(rows[2]["remaining"]))
+    flags = ["--dataset", f"folder:{folder}", *SMALL, *SHORT]
     done = run(SCRIPT, *flags, "--epochs", 5, "--augment", "none", cwd=tmp_path, check=False)
     assert done.returncode == 1 and done.stderr.strip().count("\n") == 0
-    assert "was made with augment crop, not none; epochs 3, not 5: another --exp-name" in done.stderr
+    assert "was made with other flags: augment crop and none; epochs 3 and 5; another --exp-name" in done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------- transfer
@@ -719,18 +740,14 @@ def test_more_rounds_continue_a_run_and_other_flags_are_refused(source, folder, 
 
 def target_network(classes=2, seed=1):
     """As the script makes it for a target."""
-    network = lt.make_network("conv", classes, 16, lt.stream(seed, "control"))
-    lt.xavier(network.fc, lt.stream(seed, "head"))
-    return network
+    return lt.make_network("conv", classes, 16, lt.random_stream(seed, "control"), lt.random_stream(seed, "head"))
 
 
-def test_a_ticket_goes_to_another_number_of_classes(source):
-    path = str(source / "round_02.pt")
-    ticket, network, random = lt.load_ticket(path), target_network(7), target_network(7)
-    ticket["mask"]["fc.weight"] = torch.zeros(
-        3, 256, dtype=torch.bool
-    )  # some prune the last layer: its mask is dropped
-    masks = lt.plant(network, ticket, "none", 1, path)
+def test_a_ticket_goes_to_another_number_of_classes(source, tmp_path):
+    ticket, network, random = load(source / "round_02.pt"), target_network(7), target_network(7)
+    ticket["mask"]["fc.weight"] = torch.zeros(3, 256, dtype=torch.bool)  # some prune the last layer: it is dropped
+    torch.save(ticket, tmp_path / "ticket.pt")
+    masks = lt.start_from_ticket(network, str(tmp_path / "ticket.pt"), "none", 1)
     del ticket["mask"]["fc.weight"]
     assert same(masks, ticket["mask"])
     for name, tensor in network.state_dict().items():
@@ -740,21 +757,19 @@ def test_a_ticket_goes_to_another_number_of_classes(source):
 
 
 def test_controls_differ_from_the_ticket_only_in_what_they_claim(source):
-    path = str(source / "round_02.pt")
-    found = {}
+    path, found = str(source / "round_02.pt"), {}
     for control in ("none", "reinit", "random-mask", "trained"):
         network = target_network()
-        masks = lt.plant(network, lt.load_ticket(path), control, 1, path)
+        masks = lt.start_from_ticket(network, path, control, 1)
         found[control] = masks, network.state_dict()
         assert all((network.state_dict()[name][~mask] == 0).all() for name, mask in masks.items())
-    ticket, first = lt.load_ticket(path), lt.load_ticket(str(source / "round_00.pt"))
-    heads = [{name: t for name, t in state.items() if name.startswith("fc.")} for _, state in found.values()]
-    assert all(same(heads[0], head) for head in heads)
+    ticket, first = load(path), load(source / "round_00.pt")
     random = target_network().state_dict()
-    theta_0 = lt.make_network("conv", 3, 16, lt.stream(1, "source")).state_dict()
+    theta_0 = lt.make_network("conv", 3, 16, lt.random_stream(1, "source")).state_dict()
     for name, tensor in ticket["weights"].items():
         mask = ticket["mask"].get(name, torch.ones((), dtype=torch.bool))
         if name.startswith("fc."):
+            assert all(torch.equal(state[name], random[name]) for _, state in found.values())
             continue
         assert torch.equal(found["none"][1][name], tensor)
         assert torch.equal(found["reinit"][1][name], random[name] * mask), "same mask, new weights, fresh statistics"
@@ -764,21 +779,21 @@ def test_controls_differ_from_the_ticket_only_in_what_they_claim(source):
         if name in ticket["mask"]:
             assert drawn.sum() == mask.sum() and not torch.equal(drawn, mask)
             assert not torch.equal(random[name], theta_0[name]), "the source's own initial weights again"
-    for control in ("none", "reinit", "trained"):
-        assert same(found[control][0], ticket["mask"])
+    assert all(same(found[control][0], ticket["mask"]) for control in ("none", "reinit", "trained"))
     network = target_network()
-    lt.plant(network, lt.load_ticket(str(source / "round_00.pt")), "reinit", 1, path)
+    lt.start_from_ticket(network, str(source / "round_00.pt"), "reinit", 1)
     assert same(network.state_dict(), random), "without a mask that is the dense network"
 
 
-TRANSFER = ["--batch-size", 16, "--workers", 0, "--learning-rate", 0.02, "--epochs", 2]
+TRANSFER = ["--batch-size", 16, "--learning-rate", 0.02, "--epochs", 2]
 
 
 def test_all_tickets_of_a_source_on_a_target(source, target, tmp_path):
     flags = ["--dataset", f"folder:{target}", *TRANSFER]
-    run(SCRIPT, "--ticket", source / "round_01.pt", *flags, "--save-networks", cwd=tmp_path)
+    run(SCRIPT, "--tickets", source / "round_01.pt", *flags, "--save-networks", cwd=tmp_path)
     run_dir = only_run(tmp_path / "runs")
-    assert run_dir.name == f"Human LBA__lottery_ticket__conv__{source.name.split('__')[0]}-global__1"
+    name = source.name.split("__")[0]
+    assert run_dir.name == f"Human LBA__lottery_ticket__conv__{name}-global__1"
     network = load(run_dir / "network_01.pt")
     assert network["trained"]["fc.weight"].shape == (2, 256) and network["meta"]["classes"] == ["level", "upright"]
     assert all((network["trained"][name][~mask] == 0).all() for name, mask in network["mask"].items())
@@ -791,7 +806,6 @@ def test_all_tickets_of_a_source_on_a_target(source, target, tmp_path):
     for control in ("reinit", "random-mask", "trained", "dense"):
         run(SCRIPT, "--tickets", source, "--rounds", 2, "--control", control, *flags, cwd=tmp_path)
     arms = {path.name.split("__")[3]: rows_of(path) for path in (tmp_path / "runs").iterdir()}
-    name = source.name.split("__")[0]
     assert set(arms) == {"dense", *(f"{name}-global{end}" for end in ("", "-reinit", "-random-mask", "-trained"))}
     assert arms[f"{name}-global-reinit"][0] == arms["dense"][0], "the unpruned random network, twice"
     assert [len(rows) for rows in arms.values()].count(2) == 3
@@ -800,38 +814,27 @@ def test_all_tickets_of_a_source_on_a_target(source, target, tmp_path):
     assert rows_of(alone) == arms["dense"], "without a ticket at hand"
 
 
-def test_tickets_tell_what_the_network_is(source, target, tmp_path):
-    flags = ["--dataset", f"folder:{target}", *TRANSFER]
-    done = run(SCRIPT, "--ticket", source / "round_01.pt", "--arch", "resnet18", *flags, cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "--arch resnet18" in done.stderr and "has conv" in done.stderr
-    lone = tmp_path / "lone"
-    lone.mkdir()
-    shutil.copy(source / "round_02.pt", lone)
-    flags += ["--control", "random-mask"]
-    done = run(SCRIPT, "--ticket", lone / "round_02.pt", *flags, cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "needs the unpruned weights beside the ticket" in done.stderr
-    damaged = lt.load_ticket(str(source / "round_02.pt"))
-    damaged["mask"].pop("trunk.4.weight")
-    torch.save(damaged, lone / "round_02.pt")
-    done = run(SCRIPT, "--ticket", lone / "round_02.pt", *flags[:-2], cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "the mask of trunk.4.weight is missing" in done.stderr
+def test_tickets_that_do_not_fit_or_would_write_elsewhere(source, target, tmp_path):
+    flags, path = ["--dataset", f"folder:{target}", *TRANSFER], tmp_path / "round_02.pt"
+    ticket = load(source / "round_02.pt")
+    mask = {name: mask for name, mask in ticket["mask"].items() if name != "trunk.4.weight"}
+    elsewhere = {"meta": ticket["meta"] | {"dataset": "../../elsewhere"}}
+    for change, more, says in [
+        ({}, ["--arch", "resnet18"], "--arch resnet18: "),
+        ({}, ["--control", "random-mask"], "round_00.pt"),
+        ({"mask": mask}, [], "does not fit the network"),
+        (elsewhere, [], "is not the name of a folder"),
+    ]:
+        torch.save(ticket | change, path)
+        done = run(SCRIPT, "--tickets", path, *flags, *more, cwd=tmp_path, check=False)
+        assert done.returncode == 1 and says in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
+    assert not list(tmp_path.rglob("elsewhere*"))
 
 
-# -------------------------------------------------------------------------------------------------- counts and reports
+# ------------------------------------------------------------------------------------------------------------- reports
 
 
-def test_counts_of_a_ticket(source, capsys):
-    rows = {name: numbers for name, *numbers in lt.count_costs(lt.load_ticket(str(source / "round_01.pt")))}
-    mask = lt.load_ticket(str(source / "round_01.pt"))["mask"]
-    for i, (name, before, after, side) in enumerate(
-        [("trunk.0", 3, 32, 16), ("trunk.4", 32, 64, 8), ("trunk.12", 128, 256, 2)]
-    ):
-        weights, left = before * after * 9, int(mask[f"{name}.weight"].sum())
-        assert rows[name] == [weights, left, weights * side**2, left * side**2]
-    assert rows["fc"] == [768, 768, 768, 768]
-    lt.print_counts(str(source / "round_01.pt"))
-    out = capsys.readouterr().out
-    assert "310,349 of 387,936 prunable weights are left (sparsity 0.2000)" in out and "says nothing about time" in out
+COLUMNS = ["round", "sparsity", "val_accuracy", "test_accuracy"]
 
 
 def made_up(root, arm, seed, accuracies, **more):
@@ -842,10 +845,10 @@ def made_up(root, arm, seed, accuracies, **more):
             "train_fraction": 1.0, "epochs": 9} | more  # fmt: skip
     (folder / "hyperparameters.json").write_text(json.dumps(more))
     with open(folder / "results.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, lt.COLUMNS)
+        table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
         for r, (val, test) in enumerate(accuracies):
-            row = dict.fromkeys(lt.COLUMNS, 1) | {"round": r, "sparsity": 1 - 0.8**r, "val_accuracy": val}
+            row = dict.fromkeys(COLUMNS, 1) | {"round": r, "sparsity": 1 - 0.8**r, "val_accuracy": val}
             table.writerow(row | {"test_accuracy": test})
     return folder
 
@@ -874,7 +877,7 @@ def test_report_of_made_up_runs(tmp_path, capsys):
         assert image.size == (850, 420) and len(set(image.convert("L").tobytes())) > 50
     other = made_up(tmp_path / "other", "own-global", 4, [(0.5, 0.5)], epochs=10)
     done = run(SCRIPT, "--report", tmp_path / "runs", tmp_path / "other", cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "are of one arm but differ in epochs 10 and 9" in done.stderr
+    assert done.returncode == 1 and "are of one arm but differ in epochs " in done.stderr
     shutil.rmtree(other)
     made_up(tmp_path / "other", "own-global", 2, [(0.5, 0.5)])
     done = run(SCRIPT, "--report", tmp_path / "runs", tmp_path / "other", cwd=tmp_path, check=False)
@@ -883,70 +886,6 @@ def test_report_of_made_up_runs(tmp_path, capsys):
 
 def test_the_published_table_is_that_of_the_paper():
     assert len(lt.PUBLISHED) == 6 and all(len(row.split(", ")) == 5 for row in lt.PUBLISHED.values())
-
-
-def test_a_report_of_real_runs(source, tmp_path):
-    out = run(SCRIPT, "--report", source, "--out", tmp_path, cwd=tmp_path).stdout
-    assert all(f"{100 * float(row['test_accuracy']):.2f}" in out for row in rows_of(source))
-    assert len(list(tmp_path.glob("lottery_*.png"))) == 1
-
-
-# ---------------------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        ("--dataset svhn", "--dataset svhn: cifar10, cifar100, fashion-mnist, mnist or folder:DIR is expected"),
-        ("--dataset folder:", "or folder:DIR is expected"),
-        ("--dataset folder:missing", "--dataset folder:missing: there is no such folder"),
-        ("--dataset folder:empty", "--dataset folder:empty: no images in it"),
-        ("--dataset folder:flat", "a folder per class is expected there, or train/, val/ and test/"),
-        ("--dataset folder:few", "2 are needed"),
-        ("--dataset cifar10", "--data-dir data: cifar10 could not be read (Dataset not found"),
-        ("--dataset mnist", "neither there nor in MNIST/raw); --download fetches it"),
-        ("--dataset folder:{folder} --rewind soon", "--rewind soon: epochs (2ep) or updates (500it)"),
-        ("--dataset folder:{folder} --rewind 9ep --epochs 9", "--rewind 9ep is 18 updates, and a round has 18"),
-        ("--epochs 0", "--epochs must be at least 1, not 0"),
-        ("--batch-size 1", "--batch-size must be at least 2, not 1"),
-        ("--prune-fraction 1", "--prune-fraction must be above 0 and at most 0.999, not 1"),
-        ("--train-fraction 0", "--train-fraction must be above 0 and at most 1, not 0"),
-        ("--control reinit", "--control reinit needs the tickets"),
-        ("--ticket a --tickets b", "give one of the two"),
-        ("--ticket missing.pt", "no ticket at missing.pt"),
-        ("--ticket table.csv", "table.csv is not a ticket"),
-        ("--ticket other.pt", "other.pt is not a ticket of this script"),
-        ("--tickets missing", "--tickets missing: there is no such folder"),
-        ("--tickets empty", "--tickets empty: no round_RR.pt in it"),
-        ("--count table.csv", "table.csv is not a ticket"),
-        ("--report empty", "--report empty: no runs with results there"),
-        ("--report bad", "hyperparameters.json is not of this script"),
-    ],
-)
-def test_bad_input_gets_one_line(flags, says, folder, tmp_path):
-    for name in ("empty", "flat", "few/a", "few/b", "bad"):
-        (tmp_path / name).mkdir(parents=True)
-    for name in ("flat/a.png", "few/a/1.png", "few/b/1.png", "few/b/2.png"):
-        Image.new("RGB", (9, 9)).save(tmp_path / name)
-    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "bad/hyperparameters.json").write_text("{}")
-    torch.save({"model": {}}, tmp_path / "other.pt")
-    small = [] if "--count" in flags or "--report" in flags else ["--image-size", 16, "--workers", 0]
-    done = run(SCRIPT, *flags.format(folder=folder).split(), *small, cwd=tmp_path, check=False)
-    assert done.returncode == 1 and says in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
-    assert not list(tmp_path.glob("runs/*/*")), "a run's folder is left"
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path):
-    flags = [*SMALL[:2], *SMALL[2:-2], "--arch", "mlp", "--learning-rate", "1e12", "--epochs", 4]
-    done = run(SCRIPT, "--dataset", f"folder:{folder}", *flags, cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "try a lower --learning-rate than 1e+12" in done.stderr
-
-
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
-def test_track_needs_wandb(folder, tmp_path):
-    done = run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, "--track", cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "--track needs Weights and Biases" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -974,10 +913,10 @@ def test_the_authors_curves_give_the_published_table(target, file, tmp_path):
         setting |= {"train_fraction": 1.0, "source_dataset": source}
         (run_dir / "hyperparameters.json").write_text(json.dumps(setting))
         with open(run_dir / "results.csv", "w", newline="") as results:
-            table = csv.DictWriter(results, lt.COLUMNS)
+            table = csv.DictWriter(results, COLUMNS)
             table.writeheader()
             for r, row in enumerate(rounds if arm != "dense" else rounds[:1]):
-                values = dict.fromkeys(lt.COLUMNS, 0) | {"round": r, "sparsity": 1 - 0.8**r}
+                values = dict.fromkeys(COLUMNS, 0) | {"round": r, "sparsity": 1 - 0.8**r}
                 table.writerow(values | {"val_accuracy": 0.5, "test_accuracy": float(row[column]) / 100})
     out = run(SCRIPT, "--report", "runs", cwd=tmp_path).stdout
     cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[2:] for line in out.splitlines()}
@@ -990,3 +929,49 @@ def test_the_authors_curves_give_the_published_table(target, file, tmp_path):
         alike = abs(float(ours[0]) - float(published[0])) < 0.011
         alike &= not published[1] or abs(float(ours[1]) - float(published[1])) < 0.021
         assert alike == ((target, arm) not in wrong), (arm, cells[arm])
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--dataset svhn", "--dataset svhn: cifar10, cifar100, fashion-mnist, mnist or folder:DIR is expected"),
+        ("--dataset folder:missing", "--dataset folder:missing: [Errno 2] No such file or directory"),
+        ("--dataset folder:flat", "no images in folders per class, or in train/, val/ and test/ with those"),
+        ("--dataset folder:few", "2 are needed"),
+        ("--dataset cifar10", "--data-dir data: cifar10 could not be read (Dataset not found"),
+        ("--dataset folder:{folder} --rewind soon", "--rewind soon: epochs (2ep) or updates (500it)"),
+        ("--dataset folder:{folder} --rewind 9ep --epochs 9", "--rewind 9ep is 18 updates, and a round has 18"),
+        ("--dataset folder:{folder} --arch conv --exp-name a/b", "is not the name of a folder"),
+        ("--dataset folder:{folder} --arch conv --logdir flat/a.png", "cannot be written"),
+        ("--epochs 0", "--epochs must be between 1 and 1000000, not 0"),
+        ("--batch-size 1", "--batch-size must be between 2 and 1000000, not 1"),
+        ("--learning-rate nan", "--learning-rate must be between 0 and"),
+        ("--seed -1", "--seed must be between 0 and"),
+        ("--control reinit", "--control reinit is for runs with --tickets"),
+        ("--control lr-rewinding --tickets x", "--control lr-rewinding is for runs without --tickets"),
+        ("--tickets missing.pt", "No such file or directory: 'missing.pt'"),
+        ("--tickets other.pt", "other.pt is damaged or not a file of this script"),
+        ("--tickets few", "few is damaged or not a file of this script"),
+        ("--report few", "--report few: no runs with results there"),
+        ("--resume bad", "bad is not a run of this script"),
+    ],
+)
+def test_bad_input_gets_one_line(flags, says, folder, tmp_path):
+    for name in ("flat", "few/a", "few/b", "bad"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("flat/a.png", "few/a/1.png", "few/b/1.png", "few/b/2.png"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    (tmp_path / "bad/hyperparameters.json").write_text("{}")
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    done = run(SCRIPT, "--image-size", 16, *flags.format(folder=folder).split(), cwd=tmp_path, check=False)
+    assert done.returncode == 1 and says in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
+    assert not list(tmp_path.glob("runs/*/*")), "a run's folder is left"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path):
+    flags = [*SMALL, "--arch", "mlp", "--learning-rate", "1e12", "--epochs", 4]
+    done = run(SCRIPT, "--dataset", f"folder:{folder}", *flags, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "try a lower --learning-rate" in done.stderr
