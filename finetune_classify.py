@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import Callable, Iterable, Literal, NoReturn, Optional, Union
@@ -104,27 +105,29 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"{os.path.basename(__file__)}: error: {message}")
 
 
-def written(path: str, write: Callable[[str], None]) -> None:
-    """Write a file under a temporary name, then rename it; on a full disk one line, and nothing is left behind."""
+def first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+@contextmanager
+def written(path: str):
+    """A temporary name that becomes `path` at the end; on a full disk one line, and nothing is left behind."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        write(temporary)
+        yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises either
-        fail(f"{path} cannot be written: {str(error).partition(chr(10))[0]}")
+        fail(f"{path} cannot be written: {first_line(error)}")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
 
 
 def write_csv(path: str, rows: list[dict]) -> None:
-    def write(temporary: str) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            table = csv.DictWriter(file, rows[0])
-            table.writeheader()
-            table.writerows(rows)
-
-    written(path, write)
+    with written(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
+        table = csv.DictWriter(f, rows[0])
+        table.writeheader()
+        table.writerows(rows)
 
 
 def read_csv(flag: str, path: str, columns: list[str]) -> list[dict]:
@@ -169,9 +172,7 @@ def find_images(folder: str) -> list[str]:
             seen.add(os.path.realpath(path))
     if again:
         print(f"left out: {len(again):,} links to what is there already, such as {again[0]!r}")
-    if not found:
-        fail(f"{folder}: no images in this folder")
-    return sorted(os.path.relpath(path, folder) for path in found)
+    return sorted(os.path.relpath(path, folder) for path in found) or fail(f"{folder}: no images in this folder")
 
 
 def read_folders(folder: str) -> list[dict]:
@@ -223,9 +224,9 @@ def read_torchvision(args: Args) -> tuple[list[dict], dict[str, Dataset]]:
         except ValueError:  # it has no such split
             continue
         except (RuntimeError, OSError, ImportError, TypeError) as error:
-            fail(f"--dataset {args.dataset}: {str(error).partition(chr(10))[0]}")
+            fail(f"--dataset {args.dataset}: {first_line(error)}")
         labels = next((getattr(part, name) for name in ("targets", "labels", "_labels") if hasattr(part, name)), None)
-        labels = map(int, [label for _, label in part] if labels is None else labels)
+        labels = map(int, [part[i][1] for i in range(len(part))] if labels is None else labels)
         names = [part.classes[label] if hasattr(part, "classes") else f"{label:03d}" for label in labels]
         rows += [{"path": f"{split}/{i}", "split": split, "class": name} for i, name in enumerate(names)]
     return rows, parts
@@ -383,9 +384,7 @@ def make_trunk(args: Args, random: bool) -> tuple[nn.Module, int, dict]:
             local = os.path.isfile(args.weights)
             trunk = timm.create_model(name, pretrained=not random and not local, num_classes=0)
         except (ImportError, RuntimeError, OSError, ValueError) as error:
-            fail(
-                f"--arch {args.arch} needs timm and its weights (pip install timm): {str(error).partition(chr(10))[0]}"
-            )
+            fail(f"--arch {args.arch} needs timm (pip install timm) and its weights: {first_line(error)}")
         if local and not random:
             load_weights(args, trunk)
         config = timm.data.resolve_model_data_config(trunk)
@@ -485,11 +484,8 @@ def restore(checkpoint: dict) -> Classifier:
 # Training ------------------------------------------------------------------------------------------------------------
 def total_loss(logits: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> torch.Tensor:
     """Sum over tasks of the mean cross entropy over the images that have the label."""
-    loss = 0.0
-    for task, target in targets.items():
-        summed = F.cross_entropy(logits[task], target, ignore_index=MISSING, reduction="sum")
-        loss = loss + summed / (target != MISSING).sum().clamp(min=1)
-    return loss
+    losses = (F.cross_entropy(logits[task], target, reduction="sum") for task, target in targets.items())
+    return sum(loss / (target != MISSING).sum().clamp(min=1) for loss, target in zip(losses, targets.values()))
 
 
 def make_optimizer(args: Args, model: nn.Module) -> torch.optim.Optimizer:
@@ -584,7 +580,8 @@ def measure(logits: torch.Tensor, targets: torch.Tensor) -> dict:
 
 # Pictures ------------------------------------------------------------------------------------------------------------
 def save_figure(figure: Figure, path: str) -> None:
-    written(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight"))
+    with written(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
 
 
 def draw_curves(history: list[dict[str, float]]) -> Figure:
@@ -692,7 +689,7 @@ if __name__ == "__main__":
         changed = {name for name in saved if getattr(args, name) != saved[name]}
         if fixed := changed - (ON_EVALUATE if args.evaluate else ON_RESUME):
             fail(f"the flags {', '.join(sorted(fixed))} are those of {path} and cannot be changed")
-        if args.resume and "optimizer" not in checkpoint:
+        if args.resume and not {"optimizer", "history"} <= set(checkpoint):
             fail(f"{path} has no training state to resume; that is in the file that ends in _last.pt")
         if args.resume and checkpoint.get("finished") and not changed & {"epochs", "patience"}:
             fail(f"{path} is of a run that has ended; more --epochs or --patience would go on")
@@ -864,9 +861,11 @@ if __name__ == "__main__":
     def save() -> None:
         writer.flush()  # first: a kill right after the checkpoint must not cost the points before it
         if best:
-            written(best_path, lambda temporary: torch.save(best, temporary))
             save_figure(draw_curves(history), os.path.join(run_dir, "curves.png"))
-        written(last_path, lambda temporary: torch.save(last, temporary))
+        for data, path in ((best, best_path), (last, last_path)):
+            if data:
+                with written(path) as temporary:
+                    torch.save(data, temporary)
 
     # Training
     last, saved_at, order = state(), -60.0, shuffled(train, args, epoch, weights)
@@ -902,7 +901,7 @@ if __name__ == "__main__":
         sys.stdout = open(os.devnull, "w") if isinstance(end, BrokenPipeError) else sys.stdout
         save()
         print(f"stopped in epoch {epoch + 1}; python {os.path.basename(__file__)} --resume {run_dir} goes on")
-        raise fail(f"{type(end).__name__}: {str(end).partition(chr(10))[0]}") if isinstance(end, Exception) else end
+        raise fail(f"{type(end).__name__}: {first_line(end)}") if isinstance(end, Exception) else end
     finally:
         end_workers()
     per_class, columns = [], ("precision", "recall", "f1", "support")

@@ -275,8 +275,6 @@ def test_a_data_set_of_torchvision(folder, weights, tmp_path, monkeypatch):
             return len(self.images)
 
         def __getitem__(self, i):
-            if i >= len(self.images):
-                raise IndexError
             return Image.open(self.images[i][0]), self.images[i][1]
 
     monkeypatch.setattr(torchvision.datasets, "Toy", Toy, raising=False)
@@ -485,7 +483,7 @@ def start(cwd, *flags, **more):
 
 
 def test_neither_workers_nor_the_cache_nor_a_signal_change_the_result(folder, tmp_path):
-    """A run with workers, ended by SIGTERM to its whole process group as by a scheduler, then resumed, and one without."""
+    """A run with workers, ended by SIGTERM to its process group as by a scheduler, then resumed; and one without."""
     flags = (
         f"--data-dir {folder} --weights none --arch mobilenet_v3_small --image-size 32 --batch-size 16 --patience 99"
     )
@@ -560,11 +558,10 @@ def test_what_ends_a_run_costs_no_work(kind, folder, tmp_path):
 
 
 def test_evaluate_predict_and_saliency(trained, folder, tmp_path):
-    path = trained["fine-tune"][0]
-    other = trained["off-the-shelf"][0]
+    path, other = trained["fine-tune"][0], trained["off-the-shelf"][0]
     out = run(SCRIPT, "--evaluate", path, "--saliency", 2, "--compare", other, cwd=folder).stdout
     top1 = scalars(path)["test/top1"][0][1]
-    assert f"on 12 test images: test/loss" in out and f"test/top1 {top1:.4f}" in out
+    assert "on 12 test images: test/loss" in out and f"test/top1 {top1:.4f}" in out
     with Image.open(path / "saliency.png") as image:
         assert np.asarray(image.convert("L")).std() > 20
     refused = run(SCRIPT, "--evaluate", path, "--image-size", 64, cwd=folder, check=False).stderr
