@@ -1,4 +1,4 @@
-# Area ratios, forward transfer, score tables and learning curves from the event files of ddqn_atari.py, dqv_atari.py and
+# Area ratios, forward transfer, tables of scores and curves from the event files of ddqn_atari.py, dqv_atari.py and
 # dqv_max_atari.py, as in "On the Transferability of Deep-Q Networks" (Sabatelli and Geurts, 2021, arXiv 2110.02639)
 # and "Contributions to Deep Transfer Learning" (M. Sabatelli, 2022).
 #
@@ -15,6 +15,7 @@ import csv
 import os
 import re
 import shlex
+import struct
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -113,7 +114,6 @@ SCORES = {
     "RoadRunner": (11.5, 7845.0, 18256.67, 48377.0, 39290.0, 20700.0),
     "Zaxxon": (32.5, 9173.3, 4976.67, 10182.0, 10950.0, 8487.0),
 }
-MISPRINT = ("CrazyClimber", "DQV-Max")  # as printed; 100,131 is likely, since the text says that others are better
 # What can be reached at best: Catch's ceilings by enumeration of all starts, else human play
 REFERENCE = {"Catch-v0": 0.973, "Catch-v1": 0.898, "Catch-v2": 0.973, "Catch-v3": 0.973, "Catch-v4": 0.880}
 REFERENCE |= {name: human for name, (_, human, *_) in SCORES.items()}
@@ -162,17 +162,22 @@ def read_events(folder: str, tags: list[str]) -> tuple[dict[str, str], dict[str,
             buffer = file.read()
         start, end, count = 12, -4, 0
         while start <= len(buffer):  # a record: length (8 bytes), CRC (4), event, CRC (4)
-            size = int.from_bytes(buffer[start - 12 : start - 4], "little")
+            (size,) = struct.unpack_from("<Q", buffer, start - 12)
             if start + size + 4 > len(buffer):
                 break  # cut off, or still being written
             end, count = start + size, count + 1
-            if count < 4 or wanted.search(buffer, start, end):
+            match = wanted.search(buffer, start, end)
+            if match and match.end() + 5 == end:  # the value is all that follows the tag: read without the summary
+                step, (value,) = Event.FromString(buffer[start:end]).step, struct.unpack_from("<f", buffer, end - 4)
+                points[match[0][1:].decode()].append((step, value))
+            elif match or count < 4:
                 event = Event.FromString(buffer[start:end])
-                if event.session_log.status == SessionLog.START:  # a resumed run
+                if count < 4 and event.session_log.status == SessionLog.START:  # a resumed run
                     points = {tag: [point for point in points[tag] if point[0] < event.step] for tag in tags}
                 for value in event.summary.value:
                     if value.tag in points:
-                        points[value.tag].append((event.step, (value.tensor.float_val or [value.simple_value])[0]))
+                        number = value.simple_value or (value.tensor.float_val or [0.0])[0]  # of other writers
+                        points[value.tag].append((event.step, number))
                     elif value.tag == FLAGS_TAG:
                         rows = value.tensor.string_val[0].decode().splitlines()[2:]
                         flags |= dict(row[1:-1].split("|", 1) for row in rows)
@@ -403,8 +408,8 @@ def scores(args: Args) -> None:
             normalised[algorithm].append(shares)
     write(list(rows.values()), args.format)
     if args.format == "markdown":
-        print("Ours: mean of the last evaluations [95 % interval]. Random and human scores are those of Mnih et al.\n"
-              "(Nature 2015), the next are the published; DQV-Max on CrazyClimber as printed, 100,131 is likely.\n")  # fmt: skip
+        print("Ours: mean of the last evaluations [95 % interval]. Random and human scores are those of Mnih et al.")
+        print("(Nature 2015), the next are published; DQV-Max on CrazyClimber as printed, 100,131 is likely.\n")
         for algorithm, shares in normalised.items():
             shares = np.sort(np.concatenate(shares))
             middle = shares[len(shares) // 4 : len(shares) - len(shares) // 4]
@@ -493,8 +498,9 @@ def plan(args: Args) -> None:
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
-DIAGNOSTICS = ("eval/max_q", "eval/discounted_return", "eval/v_minus_max_q", "eval/dead_units", "eval/feature_rank")
-PANELS = ("eval/max_q - eval/discounted_return", *DIAGNOSTICS[2:])
+DIAGNOSTICS = ["eval/max_q", "eval/discounted_return", "eval/caught"]
+DIAGNOSTICS += ["eval/v_minus_max_q", "eval/dead_units", "eval/feature_rank"]
+PANELS = ["eval/max_q - eval/discounted_return", *DIAGNOSTICS[3:]]
 
 
 def plot(args: Args) -> None:
@@ -511,7 +517,7 @@ def plot(args: Args) -> None:
         print(path)
 
     def write_curves(path: str) -> None:
-        tags = [args.metric, *(tag for tag in DIAGNOSTICS if any(len(run.curves[tag]) for run in runs))]
+        tags = [tag for tag in dict.fromkeys([args.metric, *DIAGNOSTICS]) if any(len(run.curves[tag]) for run in runs)]
         with open(path, "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["algorithm", "mode", "source", "target", "seed", "step", *tags])
@@ -546,20 +552,22 @@ def plot(args: Args) -> None:
         figure, panels = pyplot.subplots(1, len(tags), figsize=size, squeeze=False, layout="constrained")
         for (label, (group, colour, style)), (panel, tag) in product(arms.items(), zip(panels[0], tags)):
             panel.set(xlabel="agent steps", ylabel=tag)
+            panel.locator_params(axis="x", nbins=5)
             if known := [run for run in group if len(run.curves[tag]) > 1]:
                 grid, curves = on_grid(known, tag)
                 panel.plot(grid, curves.mean(axis=0), style, color=colour, label=f"{label}, n = {len(known)}")
                 panel.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.12, linewidth=0)
-        figure.suptitle(title)
+        figure.suptitle(f"{title}: mean and range of the seeds")
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
         save(f"curves {title}.png", lambda path: figure.savefig(path, dpi=100, format="png"))
 
-    runs = finished_runs(args.logdir, args.metric, others=DIAGNOSTICS)
+    runs = finished_runs(args.logdir, args.metric, others=tuple(DIAGNOSTICS))
     os.makedirs(args.out, exist_ok=True)
     save("curves.csv", write_curves)
     for run in runs:
         estimate, outcome = run.curves["eval/max_q"], run.curves["eval/discounted_return"]
-        run.curves[PANELS[0]] = np.c_[estimate[:, 0], estimate[:, 1] - outcome[:, 1]]
+        known = len(estimate) == len(outcome)
+        run.curves[PANELS[0]] = np.c_[estimate[:, 0], estimate[:, 1] - outcome[:, 1]] if known else estimate[:0]
     cells = all_cells(runs, args)
     for algorithm in dict.fromkeys(cell["algorithm"] for cell in cells):
         draw_matrix(algorithm, [cell for cell in cells if cell["algorithm"] == algorithm])

@@ -33,15 +33,15 @@ stage source
 stage transfer --targets $(ids $TARGETS)
 stage only-head --targets $(ids $TARGETS)
 for format in markdown csv; do
-  python transfer_matrix.py table --logdir "$LOGDIR" --baseline random --format $format > "$OUT/table.$format" \
+  python transfer_matrix.py table --logdir "$LOGDIR" --format $format > "$OUT/table.$format" \
     || rm "$OUT/table.$format"  # a single game has no transfers to compare; that is said
 done
 python transfer_matrix.py scores --logdir "$LOGDIR" > "$OUT/scores.markdown" \
-  && python transfer_matrix.py plot --logdir "$LOGDIR" --out "$OUT" --baseline random || exit 1
+  && python transfer_matrix.py plot --logdir "$LOGDIR" --out "$OUT" || exit 1
 for game in $GAMES; do  # from scratch: the earliest run of each algorithm and seed; beside the author's own curves
   author="results/atari/author/$(echo "$game" | tr '[:upper:]' '[:lower:]')_results.txt"
   for name in dqn_atari ddqn_atari dqv_atari dqv_max_atari; do
     for seed in $SEEDS; do ls -d "$LOGDIR/ALE-$game-v5__${name}__${seed}__"* | head -n 1; done
-  done | xargs -d '\n' python results/dqv_study.py "$OUT/$game" $([ -f "$author" ] && echo "--authors $author")
+  done | xargs -d '\n' python results/atari/returns.py "$OUT/$game.png" "$author"
 done || exit 1
 echo "$((SECONDS - begun)) seconds in this call, $(ls "$LOGDIR"/*/*.pt | wc -l) runs in $LOGDIR"

@@ -1,0 +1,45 @@
+"""Draw the training returns of runs from scratch over their games, beside the author's own curves.
+
+    python results/atari/returns.py pong.png results/atari/author/pong_results.txt runs/ALE-Pong-v5__*
+
+The author's files (github.com/paintception/phd-thesis, MIT licence) have the columns DQV, DQV-Max, DQN and DDQN over
+episodes; without such a file, ours are drawn alone. The name of a run's folder says its algorithm.
+"""
+
+import csv
+import os
+import sys
+from collections import defaultdict
+
+import matplotlib
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+COLOURS = {"DDQN": "C0", "DQN": "C1", "DQV": "C2", "DQV-Max": "C3"}  # as transfer_matrix.py has them
+NAMES = {"dqn_atari": "DQN", "ddqn_atari": "DDQN", "dqv_atari": "DQV", "dqv_max_atari": "DQV-Max"}
+
+out, author, *folders = sys.argv[1:]
+returns = defaultdict(list)
+for folder in folders:
+    events = EventAccumulator(folder, size_guidance={"scalars": 0})
+    events.Reload()
+    if "charts/episodic_return" in events.Tags()["scalars"]:
+        algorithm = NAMES[os.path.basename(os.path.normpath(folder)).split("__")[1]]
+        returns[algorithm].append([event.value for event in events.Scalars("charts/episodic_return")])
+figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+for algorithm, runs in returns.items():
+    episodes = min(map(len, runs))
+    smooth = np.convolve(np.mean([run[:episodes] for run in runs], axis=0), np.ones(20) / 20, "valid")
+    axes.plot(np.arange(len(smooth)) + 20, smooth, color=COLOURS[algorithm], label=f"{algorithm}, n = {len(runs)}")
+if os.path.isfile(author):
+    with open(author, newline="") as file:
+        names, *rows = csv.reader(file, delimiter="\t")
+    for i, name in enumerate(names[1:], 1):
+        points = [(float(row[0]), float(row[i])) for row in rows if len(row) > i and row[i]]
+        axes.plot(*zip(*points), color=COLOURS[name], linestyle=":", label=f"{name}, the author's")
+axes.set(xlabel="episodes", ylabel="training return, mean of 20 episodes")
+axes.legend(fontsize=8)
+figure.savefig(out, dpi=100)
