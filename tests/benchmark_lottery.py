@@ -2,7 +2,7 @@
 
     python tests/benchmark_lottery.py --archs mlp conv resnet20
 
-In alternation, in one process: the script's loop (Feed, learn); the same update fed by torchvision's usual pipeline
+In alternation, in one process: the script's loop (Images, learn); the same update fed by torchvision's usual pipeline
 (Dataset, RandomCrop, DataLoader with two workers); the same update of one batch again and again, which no feeding can
 exceed; batches only, without updates; updates of one batch with masks of 80 % sparsity and without masks (on a CPU in
 CPU time). Prints a table of medians, and medians of the ratios within a round. Not collected by pytest.
@@ -48,9 +48,8 @@ class Args:
 class Pictures(Dataset):
     """As torchvision's CIFAR-10: an image from an array, then its transforms."""
 
-    def __init__(self, data: lt.Data, moments: tuple):
-        self.images = data.pixels["train"].cpu().permute(0, 2, 3, 1).numpy()
-        self.labels = data.labels["train"].tolist()
+    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor, moments: tuple):
+        self.images, self.labels = pixels.cpu().numpy(), labels.tolist()
         steps = [v2.RandomCrop(32, padding=4), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
         self.transform = v2.Compose([*steps, v2.Normalize(*((m / 255).tolist() for m in moments))])
 
@@ -65,17 +64,16 @@ def main(args: Args) -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     amp = device.type == "cuda"
     n = args.images
-    pixels = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8).to(device).permute(0, 3, 1, 2)
-    data = lt.Data("random", ["a"] * 10, {"train": pixels}, {"train": (torch.arange(n) % 10).to(device)}, 32)
-    moments = lt.pixel_statistics(pixels)
-    feed = lt.Feed(lt.Args(image_size=32, augment="crop"), data, "train", moments)
+    pixels = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8).to(device)
+    labels, moments = (torch.arange(n) % 10).to(device), lt.pixel_statistics(pixels)
+    feed = lt.Images(pixels, labels, moments, 32, 32, "crop")
     loader = DataLoader(
-        Pictures(data, moments), args.batch_size, shuffle=True, num_workers=args.workers, persistent_workers=True,
-        pin_memory=amp,
+        Pictures(pixels, labels, moments), args.batch_size, shuffle=True, num_workers=args.workers, pin_memory=amp,
+        persistent_workers=True,
     )  # fmt: skip
 
     def on_device():
-        plan = feed.plan(1, 0)
+        plan = feed.plan_epoch(1, 0)
         for start in range(0, n, args.batch_size):
             yield feed.batch(slice(start, start + args.batch_size), *plan)
 
@@ -96,22 +94,13 @@ def main(args: Args) -> None:
                 break
         return done / (time.perf_counter() - begun)
 
-    names = [
-        "script",
-        "loader",
-        "ratio",
-        "its bound",
-        "batches, script",
-        "batches, loader",
-        "dense, ms",
-        "masked, ms",
-        "masked / dense",
-    ]
+    names = ["script", "loader", "ratio", "its bound", "batches, script", "batches, loader", "dense, ms", "masked, ms"]
+    names += ["masked / dense", "script / no feeding"]
     print(f"on {device}, batch {args.batch_size}, {args.workers} workers, {torch.get_num_threads()} threads, median of "
           f"{args.rounds}\n\n| | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")  # fmt: skip
     for arch in args.archs:
         found = {name: [] for name in names}
-        networks = {kind: lt.make_network(arch, 10, 32, lt.stream(0)).to(device) for kind in ("dense", "masked")}
+        networks = {kind: lt.make_network(arch, 10, 32, lt.random_stream(0)).to(device) for kind in ("dense", "masked")}
         optimizers = {kind: lt.make_optimizer(lt.Args(learning_rate=1e-3), net) for kind, net in networks.items()}
         weights = lt.prunable(networks["masked"])
         whole = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
@@ -129,7 +118,9 @@ def main(args: Args) -> None:
             found["script"].append(one)
             found["loader"].append(other)
             found["ratio"].append(one / other)
-            found["its bound"].append(rate(repeat(fixed), update) / other)
+            bound = rate(repeat(fixed), update)
+            found["its bound"].append(bound / other)
+            found["script / no feeding"].append(one / bound)
             found["batches, script"].append(rate(on_device(), lambda *_: None))
             found["batches, loader"].append(rate(from_loader(), lambda *_: None))
             times = {"dense": [], "masked": []}

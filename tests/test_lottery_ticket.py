@@ -175,38 +175,6 @@ def test_random_masks_are_as_sparse_in_every_layer_and_nested():
             assert all((m.flatten(1).all(1) | ~m.flatten(1).any(1)).all() for m in drawn.values())
 
 
-def planted(sparsity=0.9):
-    """A sparse convolutional network, its optimizer, what `learn` masks, and a batch."""
-    args = lt.Args(learning_rate=0.1, weight_decay=0.01)
-    network = lt.make_network("conv", 3, 16, lt.random_stream(0))
-    weights = lt.prunable(network)
-    masks = lt.prune(
-        {n: w.detach() for n, w in weights.items()}, {n: w > -9 for n, w in weights.items()}, "global", sparsity
-    )
-    lt.apply_masks(network, masks)
-    sparse = list(weights.values()), [masks[name].float() for name in weights]
-    images = torch.randn(8, 3, 16, 16, generator=lt.random_stream(1)).contiguous(memory_format=torch.channels_last)
-    return network, lt.make_optimizer(args, network), sparse, images, torch.arange(8) % 3
-
-
-@pytest.mark.parametrize("amp", [False, True])
-def test_pruned_weights_and_momentum_are_exactly_zero_after_every_update(amp):
-    """In float32, and in bfloat16 as on CUDA."""
-    network, optimizer, sparse, images, labels = planted()
-    losses = []
-    for _ in range(12):
-        losses.append(lt.learn(network, optimizer, sparse, images, labels, amp).item())
-        for weight, mask in zip(*sparse):
-            gone = mask == 0
-            assert (weight[gone] == 0).all() and (weight.grad[gone] == 0).all() and (weight[~gone] != 0).all()
-            assert (optimizer.state[weight]["momentum_buffer"][gone] == 0).all()
-            assert (optimizer.state[weight]["momentum_buffer"][~gone] != 0).any()
-    assert losses[-1] < losses[0] / 2
-    for _ in range(3):  # without masks they would move
-        lt.learn(network, optimizer, None, images, labels, amp)
-    assert all((weight[mask == 0] != 0).any() for weight, mask in zip(*sparse))
-
-
 # ----------------------------------------------------------------------------------------------------------- networks
 
 
@@ -743,19 +711,6 @@ def target_network(classes=2, seed=1):
     return lt.make_network("conv", classes, 16, lt.random_stream(seed, "control"), lt.random_stream(seed, "head"))
 
 
-def test_a_ticket_goes_to_another_number_of_classes(source, tmp_path):
-    ticket, network, random = load(source / "round_02.pt"), target_network(7), target_network(7)
-    ticket["mask"]["fc.weight"] = torch.zeros(3, 256, dtype=torch.bool)  # some prune the last layer: it is dropped
-    torch.save(ticket, tmp_path / "ticket.pt")
-    masks = lt.start_from_ticket(network, str(tmp_path / "ticket.pt"), "none", 1)
-    del ticket["mask"]["fc.weight"]
-    assert same(masks, ticket["mask"])
-    for name, tensor in network.state_dict().items():
-        kept = random.state_dict()[name] if name.startswith("fc.") else ticket["weights"][name]
-        assert torch.equal(tensor, kept), name
-    assert network.fc.weight.shape == (7, 256) and network(torch.zeros(2, 3, 16, 16)).shape == (2, 7)
-
-
 def test_controls_differ_from_the_ticket_only_in_what_they_claim(source):
     path, found = str(source / "round_02.pt"), {}
     for control in ("none", "reinit", "random-mask", "trained"):
@@ -882,10 +837,6 @@ def test_report_of_made_up_runs(tmp_path, capsys):
     made_up(tmp_path / "other", "own-global", 2, [(0.5, 0.5)])
     done = run(SCRIPT, "--report", tmp_path / "runs", tmp_path / "other", cwd=tmp_path, check=False)
     assert done.returncode == 1 and "are the same run twice" in done.stderr
-
-
-def test_the_published_table_is_that_of_the_paper():
-    assert len(lt.PUBLISHED) == 6 and all(len(row.split(", ")) == 5 for row in lt.PUBLISHED.values())
 
 
 @pytest.mark.parametrize(
