@@ -16,6 +16,7 @@ import csv
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -285,7 +286,9 @@ def find_images(folder: str) -> list[str]:
     return sorted(path for path in found if os.path.splitext(path)[1].lower() in IMAGES)
 
 
-def check(pictures: list[Picture], folder: str, beside: str, seen: dict) -> tuple[list[Picture], list[str]]:
+def check(
+    pictures: list[Picture], split: str, folder: str, beside: str, seen: dict[str, str]
+) -> tuple[list[Picture], list[str]]:
     """The pictures without what is wrong with them, and a line for each such thing. Completes paths and sizes.
 
     Images are looked for in the folder `beside` the annotations, then by name in all of `folder`, with or without
@@ -300,7 +303,7 @@ def check(pictures: list[Picture], folder: str, beside: str, seen: dict) -> tupl
         names = os.path.normpath(os.path.join(beside, picture.path)), picture.path, os.path.basename(picture.path)
         named = next(({name} & present or by_name[name] for name in names if name in by_name), set())
         path = min(named, default=picture.path)
-        kept = Picture(path, size=picture.size, split=picture.split)
+        kept = Picture(path, split=split)
         try:
             if len(named) != 1:
                 raise ValueError(f"there are {len(named)} such images in {folder}")
@@ -311,11 +314,11 @@ def check(pictures: list[Picture], folder: str, beside: str, seen: dict) -> tupl
                 annotated, real = (" x ".join(map(str, sides)) for sides in (picture.size, kept.size))
                 raise ValueError(f"annotated as {annotated} pixels, but upright it has {real}")
             if path in seen:
-                raise ValueError(f"annotated twice, for {seen[path] or 'a split'} and {picture.split or 'a split'}")
+                raise ValueError(f"annotated twice{f', for {seen[path]} and {split}' * bool(split)}")
         except Exception as error:  # noqa: BLE001 (Pillow's plugins raise whatever their formats make them)
             wrong.append(f"{path}: {error}")
             continue
-        seen[path] = picture.split
+        seen[path] = split
         for box, label, crowd in zip(picture.boxes, picture.labels, picture.crowd):
             x1, y1, x2, y2 = box
             clipped = [max(x1, 0), max(y1, 0), min(x2, kept.size[0]), min(y2, kept.size[1])]
@@ -337,46 +340,44 @@ def check(pictures: list[Picture], folder: str, beside: str, seen: dict) -> tupl
     return good, wrong
 
 
-def read_all(args: Args) -> tuple[str, dict[str, tuple[str, list[Picture]]]]:
-    """The folder of the images, and by split the folder beside the annotations and the pictures, not yet checked."""
-    root = args.data_dir or ("data" if args.dataset else "")
-    if args.dataset:
-        voc, splits = os.path.join(root, "VOCdevkit", "VOC2007"), {}
-        for split in SPLITS:
-            try:
-                missing = not os.path.isfile(os.path.join(voc, "ImageSets", "Main", f"{split}.txt"))
-                data = datasets.VOCDetection(root, "2007", split, download=args.download and missing)
-                splits[split] = "", read_voc(data.annotations)
-            except (OSError, RuntimeError, ElementTree.ParseError) as error:
-                fail(f"--dataset {args.dataset}: {error} ({root}{' is what --download fills' * (not args.download)})")
-        return os.path.join(voc, "JPEGImages"), splits
-    if not os.path.isdir(root):
-        fail(
-            f"--data-dir {root}: there is no such folder" if root else "--data-dir: the folder of the images is needed"
-        )
+def read_all(args: Args) -> tuple[str, list[Picture], list[str]]:
+    """The folder of the images, all images with their splits and without their errors, and a line for each error."""
+    folder, found = args.data_dir or ("data" if args.dataset else ""), {}
     files = dict(zip(SPLITS, (args.annotations, args.val_annotations, args.test_annotations)))
-    if not args.annotations:
+    if args.dataset:
+        voc = os.path.join(folder, "VOCdevkit", "VOC2007")
+        try:
+            for split in SPLITS:
+                missing = not os.path.isfile(os.path.join(voc, "ImageSets", "Main", f"{split}.txt"))
+                data = datasets.VOCDetection(folder, "2007", split, download=args.download and missing)
+                found[split] = read_voc(data.annotations)
+        except (OSError, RuntimeError, ElementTree.ParseError) as error:
+            fail(f"--dataset {args.dataset}: {error} ({folder}{' is what --download fills' * (not args.download)})")
+        folder, files = os.path.join(voc, "JPEGImages"), {}
+    elif not os.path.isdir(folder):
+        fail(f"--data-dir {folder}: there is no such folder" if folder else "--data-dir: the images' folder is needed")
+    elif not args.annotations:
         for name, split in (("train", "train"), ("val", "val"), ("valid", "val"), ("test", "test")):
-            path = os.path.join(root, name, "_annotations.coco.json")
+            path = os.path.join(folder, name, "_annotations.coco.json")
             files[split] = path if os.path.isfile(path) else files[split]
-    if not files["train"] or (files["test"] and not files["val"]):
-        fail("--annotations: a file or folder with the boxes is needed, or train/_annotations.coco.json in --data-dir; "
-             "and annotations for the test need others for validation")  # fmt: skip
-    beside = {
-        split: os.path.relpath(os.path.dirname(os.path.abspath(path)), root) for split, path in files.items() if path
-    }
-    return root, {split: (beside[split], read_annotations(files[split], args)) for split in beside}
+        if not files["train"]:
+            fail(
+                "--annotations: a file or folder with the boxes is needed, or train/_annotations.coco.json in --data-dir"
+            )
+    found |= {split: read_annotations(path, args) for split, path in files.items() if path}
+    if "test" in found and "val" not in found:
+        fail("annotations for the test need others for validation")
+    pictures, wrong, seen = [], [], {}
+    for split in found:
+        beside = os.path.relpath(os.path.dirname(os.path.abspath(files[split])), folder) if files else ""
+        good, lines = check(found[split], split if len(found) > 1 else "", folder, beside, seen)
+        pictures, wrong = pictures + good, wrong + lines
+    return folder, pictures, wrong
 
 
 def load_pictures(args: Args) -> tuple[str, list[Picture]]:
     """The folder of the images, and all images, checked and with their splits."""
-    folder, splits = read_all(args)
-    pictures, wrong, seen, saved = [], [], {}, {}
-    for split, (beside, found) in splits.items():
-        for picture in found:
-            picture.split = split if len(splits) > 1 else ""
-        good, lines = check(found, folder, beside, seen)
-        pictures, wrong = pictures + good, wrong + lines
+    folder, pictures, wrong = read_all(args)
     for line in wrong:
         say(line)
     say(f"{len(pictures):,} images with {sum(len(p.boxes) for p in pictures):,} boxes; {len(wrong):,} errors")
@@ -442,9 +443,13 @@ class Pictures(Dataset):
     def __init__(self, folder: str, pictures: list[Picture], classes: list[str], proposals: dict | None, args: Args):
         self.folder, self.pictures, self.classes, self.proposals = folder, pictures, classes, proposals
         self.seed, self.augmentation, self.unreadable = args.seed, args.augmentation, set()
-        ssd = [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=127), v2.RandomIoUCrop()]
-        before = ssd if args.augmentation == "ssd" else []
-        self.augment = v2.Compose([*before, v2.RandomHorizontalFlip(0.5), v2.SanitizeBoundingBoxes()])
+        ssd = [
+            v2.RandomPhotometricDistort(),
+            v2.RandomZoomOut(fill=127),
+            v2.RandomIoUCrop(),
+            v2.SanitizeBoundingBoxes(),
+        ]
+        self.augment = v2.Compose([*ssd[: 4 * (args.augmentation == "ssd")], v2.RandomHorizontalFlip(0.5)])
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -464,22 +469,17 @@ class Pictures(Dataset):
         except Exception as error:  # noqa: BLE001
             return None, None, (i, f"{type(error).__name__}: {error}")
         learned = picture.only(lambda label, crowd: not crowd)  # crowds are regions, not objects
-        boxes = torch.tensor(learned.boxes, dtype=torch.float32).reshape(-1, 4)
-        labels = torch.tensor([1 + self.classes.index(name) for name in learned.labels], dtype=torch.int64)
-        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[1:])
-        target = {"boxes": boxes, "labels": labels}
-        if self.proposals is not None:
-            target["proposals"] = torch.tensor(self.proposals.get(picture.path, []), dtype=torch.float32).reshape(-1, 4)
+        target = {"boxes": learned.boxes, "proposals": (self.proposals or {}).get(picture.path, [])}
+        for name, boxes in target.items():
+            boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+            target[name] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[1:])
+        if self.proposals is None:
+            del target["proposals"]
+        target["labels"] = torch.tensor([1 + self.classes.index(name) for name in learned.labels], dtype=torch.int64)
         if epoch >= 0 and self.augmentation != "none":
             with torch.random.fork_rng(devices=[]):  # the same whoever reads it, and whenever
                 torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + i)
-                if self.proposals is None:
-                    image, target = self.augment(image, target)
-                elif torch.rand(()) < 0.5:
-                    image = image.flip(2)
-                    for name in ("boxes", "proposals"):
-                        x1, y1, x2, y2 = torch.as_tensor(target[name]).unbind(1)
-                        target[name] = torch.stack((image.shape[2] - x2, y1, image.shape[2] - x1, y2), dim=1)
+                image, target = self.augment(image, target)
         return torch.as_tensor(image), {name: torch.as_tensor(value) for name, value in target.items()}, i
 
 
@@ -503,6 +503,14 @@ def ignore_signals(_: int) -> None:
     """In a worker: Ctrl-C and a scheduler's signals reach the whole process group, but the parent is to end it."""
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """Since they ignore SIGTERM, with which Python would end them at its own end, and then wait for them."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a killed worker
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def make_loader(args: Args, data: Pictures, batches: list, device: torch.device, stay: bool = False) -> DataLoader:
@@ -649,9 +657,7 @@ class YOLOv3(nn.Module):
         self.register_buffer("anchor_of", torch.arange(9).repeat_interleave(counts), persistent=False)
 
     def forward(self, images: list[torch.Tensor], targets: list[dict] | None = None) -> dict | list[dict]:
-        """Images float `(3, H, W)` in [0, 1] -> the losses in training, else each one's objects, best first: `boxes`
-        float `(n, 4)`, xyxy in pixels of the image, `labels` int64 `(n,)`, `scores`. Targets are `boxes` and `labels`.
-        """
+        """Images float `(3, H, W)` in [0, 1] -> the losses in training, else `boxes` (xyxy), `labels`, `scores` of each."""
         squares, scales, shifts = zip(*(letterbox(image, self.size) for image in images))
         raw = self.predict(torch.stack(squares))
         if not self.training:
@@ -883,10 +889,8 @@ def autocast_backbone(model: nn.Module, device_type: str) -> None:
     model.backbone.forward = forward_in_bfloat16
 
 
-def is_head(name: str) -> bool:
-    """Whether a parameter belongs to the layers that say which class a box is of, which are always new."""
-    parts = ("box_predictor", "cls_logits", "head.classification_head.module_list", "outputs.")
-    return any(part in name for part in parts)
+# Layers that say which class a box is of, which are always new
+HEAD = re.compile(r"box_predictor|cls_logits|head\.classification_head\.module_list|outputs\.")
 
 
 def load_into(model: nn.Module, state: dict, source: str) -> list[str]:
@@ -898,7 +902,7 @@ def load_into(model: nn.Module, state: dict, source: str) -> list[str]:
     if not any(name.startswith(("backbone.", "head.")) for name in state):
         state = {f"backbone.body.{name.removeprefix('features.')}": value for name, value in state.items()
                  if not name.startswith(("fc.", "classifier.", "AuxLogits."))}  # fmt: skip
-    state = {name: value for name, value in state.items() if not is_head(name)}
+    state = {name: value for name, value in state.items() if not HEAD.search(name)}
     wrong = [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
     if wrong or not state:
         found = f"{wrong[0]} {tuple(state[wrong[0]].shape)} has no place" if wrong else "nothing in it has"
@@ -994,10 +998,15 @@ def detect(args: Args, model: nn.Module, data: Pictures, indices: Sequence[int],
     """{index: boxes, labels, scores on the CPU} of all images that can be read."""
     model.eval()
     found = {}
-    for images, targets, read, bad in make_loader(args, data, make_batches(indices, args), device):
-        data.report(bad)
-        for i, result in zip(read, model(*to_device(images, targets, device)) if images else ()):
-            found[i] = {name: result[name].cpu() for name in ("boxes", "labels", "scores")}
+    try:
+        for images, targets, read, bad in make_loader(args, data, make_batches(indices, args), device):
+            data.report(bad)
+            for i, result in zip(read, model(*to_device(images, targets, device)) if images else ()):
+                objects = result["labels"] > 0  # FCOS and RetinaNet have a sigmoid for the background, too
+                found[i] = {name: result[name][objects].cpu() for name in ("boxes", "labels", "scores")}
+    except BaseException:
+        end_workers()
+        raise
     return found
 
 
@@ -1097,11 +1106,12 @@ def draw(data: Pictures, found: dict[int, dict], threshold: float, folder: str) 
 
 
 def draw_curves(history: dict[str, list], path: str) -> None:
-    """Loss and validation APs by epoch."""
+    """Training loss, and validation APs by epoch."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for panel, prefix in zip(figure.subplots(1, 2), ("train/", "val/")):
-        for tag in [tag for tag in history if tag.startswith(prefix)]:
-            panel.plot(*zip(*history[tag]), marker=".", label=tag)
+    for name, panel in zip(history, np.repeat(figure.subplots(1, 2), (1, len(history) - 1))):
+        panel.plot(
+            *zip(*history[name]), marker=".", label=f"training {name}" if name == "loss" else f"validation {name}"
+        )
         panel.set_xlabel("epoch")
         panel.legend()
     write_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
@@ -1130,16 +1140,16 @@ if __name__ == "__main__":
         low, high = BOUNDS.get(name, (1, 10**9))
         if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must be between {low} and {high:g}, not {value}")
-    for wrong, message in (
-        (os.path.basename(args.exp_name) != args.exp_name, f"--exp-name {args.exp_name} is not the name of a file"),
-        (args.backbone and args.arch not in (*FAMILIES, "yolov3"), f"--backbone: {args.arch} has its own"),
-        (args.unfreeze_from and args.strategy != "fine-tune", "--unfreeze-from is for --strategy fine-tune"),
-        (args.strategy == "scratch" and args.pretrained, "--strategy scratch has random weights: no --pretrained"),
-        (args.strategy == "off-the-shelf" and args.weights == "none" and not args.pretrained,
-         "--strategy off-the-shelf needs trained layers: --weights or --pretrained"),
-        (args.predict and not args.evaluate, "--predict needs a trained detector: --evaluate RUN"),
-        (args.arch == "fastrcnn" and args.augmentation == "ssd", "--augmentation ssd crops images, but not proposals"),
-    ):  # fmt: skip
+    untrained = args.weights == "none" and not args.pretrained
+    for message, wrong in {
+        f"--exp-name {args.exp_name} is not the name of a file": os.path.basename(args.exp_name) != args.exp_name,
+        f"--backbone: {args.arch} has its own": args.backbone and args.arch not in (*FAMILIES, "yolov3"),
+        "--unfreeze-from is for --strategy fine-tune": args.unfreeze_from and args.strategy != "fine-tune",
+        "--strategy scratch has random weights: no --pretrained": args.strategy == "scratch" and args.pretrained,
+        "--strategy off-the-shelf needs trained layers": args.strategy == "off-the-shelf" and untrained,
+        "--predict needs a trained detector: --evaluate RUN": args.predict and not args.evaluate,
+        "--augmentation ssd crops no proposals": args.arch == "fastrcnn" and args.augmentation == "ssd",
+    }.items():
         if wrong:
             fail(message)
 
@@ -1313,19 +1323,16 @@ if __name__ == "__main__":
             epoch += 1
             metrics = test("val")
             share = (time.perf_counter() - begun) / seconds - 1
-            for name, value in means.items():
-                tag = "train/loss" if name == "loss" else f"losses/{name.removeprefix('loss_')}"
+            points = {f"losses/{name.removeprefix('loss_')}": value for name, value in means.items() if name != "loss"}
+            points |= {"train/loss": means["loss"], "charts/learning_rate": optimizer.param_groups[0]["lr"]}
+            points["charts/seconds_per_update"] = (seconds - waiting) / len(batches)
+            points["charts/seconds_waiting_for_data"] = waiting / len(batches)
+            for tag, value in points.items():
                 writer.add_scalar(tag, value, epoch)
-            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], epoch)
-            writer.add_scalar("charts/seconds_per_update", (seconds - waiting) / len(batches), epoch)
-            writer.add_scalar("charts/seconds_waiting_for_data", waiting / len(batches), epoch)
             say(f"epoch {epoch}: loss {means['loss']:.4f}; validation: {describe(metrics)}; {seconds:.0f} s, "
                 f"{waiting:.1f} s of them waiting for data")  # fmt: skip
-            for tag, value in (
-                ("train/loss", means["loss"]),
-                *((f"val/{m}", metrics[m]) for m in ("AP", "AP50", "AP@0.1")),
-            ):
-                history.setdefault(tag, []).append((epoch, value))
+            for name in ("loss", "AP", "AP50", "AP@0.1"):
+                history.setdefault(name, []).append((epoch, (means | metrics)[name]))
             draw_curves(history, os.path.join(run_dir, "curves.png"))
             score = 0.0 if math.isnan(metrics["AP@0.5"]) else metrics["AP@0.5"]
             stale = 0 if score > best else stale + 1
@@ -1350,8 +1357,9 @@ if __name__ == "__main__":
     except (KeyboardInterrupt, BrokenPipeError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        print(f"\nstopped in epoch {epoch + 1}; python {os.path.basename(__file__)} --resume {run_dir} goes on from the "
-              "end of the epoch before", file=sys.stderr)  # fmt: skip
+        file = os.path.basename(__file__)
+        print(f"\nstopped; python {file} --resume {run_dir} goes on after the last finished epoch", file=sys.stderr)
         sys.exit(130)
     finally:
+        end_workers()
         writer.close()

@@ -1,26 +1,24 @@
 """Detection: annotations and their defects, detectors, metrics, and whole runs on pictures made here."""
 
-import contextlib
 import csv
-import io
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
-import finetune_detect as fd
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, only_run, run, scalars
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torchvision import models
+
+import finetune_detect as fd
 
 SMALL = ["--arch", "ssd", "--backbone", "mobilenet_v3_small", "--image-size", 96, "--workers", 0, "--weights", "none"]
 
@@ -54,6 +52,18 @@ def write_coco(path, pictures, names=("disc", "square"), ids=(18, 7)):
     return path
 
 
+def write_voc(path, image, size, rows):
+    """VOC XML of [(box, name)]; all but the first object are difficult."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    objects = ""
+    for k, ((x1, y1, x2, y2), name) in enumerate(rows):
+        corners = zip(("xmin", "ymin", "xmax", "ymax"), (x1 + 1, y1 + 1, x2, y2))
+        box = "".join(f"<{side}>{value:g}</{side}>" for side, value in corners)
+        objects += f"<object><name>{name}</name><difficult>{int(k > 0)}</difficult><bndbox>{box}</bndbox></object>"
+    size = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+    path.write_text(f"<annotation><filename>{image}</filename>{size}{objects}</annotation>")
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
     """A folder with images/ and train, val and test JSON: 32, 8 and 8 images of squares and discs, one without any."""
@@ -79,83 +89,113 @@ def flags(shapes, *more):
 
 
 def test_all_formats_say_the_same(tmp_path):
-    """The same two boxes in five formats; pixels of VOC count from 1 with both ends in the box."""
+    """The same two boxes in three formats; pixels of VOC count from 1 with both ends in the box."""
     expected = [([10.0, 20.0, 30.0, 50.0], "harp"), ([0.0, 0.0, 100.0, 80.0], "lute")]
-    args = fd.Args()
-    voc = tmp_path / "VOC/Annotations"
-    voc.mkdir(parents=True)
-    objects = ""
-    for difficult, ((x1, y1, x2, y2), name) in enumerate(expected):
-        corners = zip(("xmin", "ymin", "xmax", "ymax"), (x1 + 1, y1 + 1, x2, y2))
-        box = "".join(f"<{side}>{value:g}</{side}>" for side, value in corners)
-        objects += f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{box}</bndbox></object>"
-    size = "<size><width>100</width><height>80</height></size>"
-    (voc / "a.xml").write_text(f"<annotation><filename>a.jpg</filename>{size}{objects}</annotation>")
-    (tmp_path / "VOC/ImageSets/Main").mkdir(parents=True)
-    (tmp_path / "VOC/ImageSets/Main/train.txt").write_text("a\n")
+    args, voc = fd.Args(), tmp_path / "Annotations"
+    write_voc(voc / "a.xml", "a.jpg", (100, 80), expected)
     (tmp_path / "dev.txt").write_text(
         ",image_filename,id,bounding_box_coordinates,instrument_name,area_of_bounding_box,lev1\n"
         '0,a.jpg,5,"10,20,30,50",Harp (3285),600,Strings\n1,a.jpg,6,"0,0,100,80",lute,8000,Strings\n'
     )
-    (tmp_path / "keras.txt").write_text("/some/where/a.jpg 10,20,30,50,harp\n/some/where/a.jpg 0,0,100,80,lute\n")
     pictures = [("a.jpg", (100, 80), [box for box, _ in expected], [name for _, name in expected])]
     write_coco(tmp_path / "a.json", pictures, ("harp", "lute"), (90, 3))
-    for path in (voc, tmp_path / "VOC/ImageSets/Main/train.txt", tmp_path / "dev.txt", tmp_path / "keras.txt",
-                 tmp_path / "a.json"):  # fmt: skip
+    for path in (voc, tmp_path / "dev.txt", tmp_path / "a.json"):
         (picture,) = fd.read_annotations(str(path), args)
         assert picture.path == "a.jpg" and picture.boxes == [box for box, _ in expected], path
         assert [name.lower() for name in picture.labels] == ["harp", "lute"]
-        assert picture.crowd == [False, path.name in ("Annotations", "train.txt")]  # VOC's difficult objects
+        assert picture.crowd == [False, path == voc]  # VOC's difficult objects
     args.label_column = "lev1"
     assert fd.read_annotations(str(tmp_path / "dev.txt"), args)[0].labels == ["Strings", "Strings"]
 
 
-def test_errors_in_annotations_are_named(tmp_path, capsys):
-    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+def test_errors_in_annotations_are_named(tmp_path):
+    for name in ("a.png", "negative.png", "one/same.png", "two/same.png", "strip.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (60, 40) if name != "strip.png" else (1, 200)).save(tmp_path / name)
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=turned)
-    Image.new("RGB", (60, 40)).save(tmp_path / "negative.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
-    boxes = [[1, 1, 20, 20], [5, 5, 5.5, 20], [30, 30, 70, 39], [1, 1, 9, 9], [-0.5, -1, 61, 40]]
-    names = ["disc", "disc", "disc", "moon", "square"]
-    write_coco(tmp_path / "a.json", [("a.png", (60, 40), boxes, names), ("turned.jpg", (60, 40), [], []),
-                                     ("missing.png", (1, 1), [], []), ("broken.png", (60, 40), [], []),
-                                     ("negative.png", (60, 40), [], [])])  # fmt: skip
-    good, wrong = fd.check(fd.read_annotations(str(tmp_path / "a.json"), fd.Args()), str(tmp_path))
+    (tmp_path / "dangling.png").symlink_to("nowhere.png")
+    boxes = [[1, 1, 20, 20], [5, 5, 5.5, 20], [30, 30, 70, 39], [1, 1, 9, 9], [-0.5, -1, 61, 40], [1, 1, 20, 20]]
+    names = ["disc", "disc", "disc", "moon", "square", "disc"]
+    others = ("turned.jpg", "missing.png", "broken.png", "dangling.png", "negative.png", "a.png", "same.png", None)
+    write_coco(tmp_path / "a.json", [("a.png", (60, 40), boxes, names), *((name, (60, 40), [], []) for name in others),
+                                     ("strip.png", (1, 200), [], [])])  # fmt: skip
+    good, wrong = fd.check(fd.read_annotations(str(tmp_path / "a.json"), fd.Args()), "", str(tmp_path), ".", {})
     assert [picture.path for picture in good] == ["a.png", "negative.png"]
     assert good[0].boxes == [[1, 1, 20, 20], [0, 0, 60, 40]] and good[0].labels == ["disc", "square"]
     for text in ("a.png: box 5, 5, 5.5, 20 disc: no wider or no higher than a pixel",
                  "a.png: box 30, 30, 70, 39 disc: outside",
                  "a.png: box 1, 1, 9, 9 (no class): its class is missing or unknown",
-                 "turned.jpg: annotated as 60 x 40 pixels, but it has 40 x 60, its boxes are of the image before",
-                 "missing.png: there is no such image", "broken.png: cannot be read"):  # fmt: skip
+                 "a.png: box 1, 1, 20, 20 disc: it stands there twice", "a.png: annotated twice",
+                 "turned.jpg: annotated as 60 x 40 pixels, but upright it has 40 x 60", "missing.png: there are 0",
+                 "broken.png: cannot identify", "dangling.png: ", "one/same.png: there are 2 such images",
+                 "image 108 without a file name", "strip.png: a strip of 1 x 200 pixels"):  # fmt: skip
         assert sum(line.startswith(text) for line in wrong) == 1, (text, wrong)
-    assert len(wrong) == 6
+    assert len(wrong) == 12
     command = ["finetune_detect.py", "--data-dir", tmp_path, "--annotations", tmp_path / "a.json", "--weights", "none"]
     done = run(*command, cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "6 errors in the annotations" in done.stderr and "--skip-bad" in done.stderr
+    assert done.returncode == 1 and "12 errors in the annotations" in done.stderr and "--skip-bad" in done.stderr
     done = run(*command, "--check-data", cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "2 images with 2 boxes; 6 errors" in done.stdout
+    assert done.returncode == 1 and "2 images with 2 boxes; 12 errors" in done.stdout
 
 
-def test_a_box_of_a_click_is_an_error_in_every_format(tmp_path, capsys):
-    """A mouse click, for VOC a box of one pixel: real ones are in the blood cells of BCCD. All are listed."""
+def test_short_rows_of_a_table(tmp_path):
+    """Rows without a name, without a box, and a box of a mouse click: records with an error, not a traceback."""
     Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
-    (tmp_path / "xml").mkdir()
-    box = "<xmin>9</xmin><ymin>7</ymin><xmax>9</xmax><ymax>7</ymax>"
-    click = f"<object><name>disc</name><bndbox>{box}</bndbox></object>"
-    (tmp_path / "xml/a.xml").write_text(f"<annotation><filename>a.png</filename>{click * 101}</annotation>")
-    (tmp_path / "lines.txt").write_text("a.png 9,7,9,7,0\n")
-    for name, count in (("xml", 101), ("lines.txt", 1)):
-        args = fd.Args(data_dir=str(tmp_path), annotations=str(tmp_path / name))
-        with pytest.raises(SystemExit, match=f"{count} errors in the annotations, (the first 100 )?listed above"):
-            fd.load_pictures(args)
-        assert capsys.readouterr().out.count("no wider or no higher than a pixel") == min(count, 100)
-        args.check_data = True
-        with pytest.raises(SystemExit):
-            fd.load_pictures(args)
-        assert capsys.readouterr().out.count("no wider or no higher than a pixel") == count
+    header = "image_filename,bounding_box_coordinates,instrument_name\n"
+    (tmp_path / "a.csv").write_text(header + 'a.png\na.png,"9,7,9,7",harp\n,"1,1,9,9",harp\na.png,"1,1,9,9",harp\n')
+    good, wrong = fd.check(fd.read_annotations(str(tmp_path / "a.csv"), fd.Args()), "", str(tmp_path), ".", {})
+    assert [picture.boxes for picture in good] == [[[1, 1, 9, 9]]] and len(wrong) == 3
+
+
+def test_links_and_huge_images(tmp_path):
+    """A link to the parent shows no image twice; a PNG of 1 kB with 10^9 pixels is refused before it is decoded."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/up").symlink_to(tmp_path)
+    Image.new("1", (32_000, 32_000)).save(tmp_path / "sub/huge.png")
+    assert fd.find_images(str(tmp_path)) == ["sub/huge.png"]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = fd.Pictures(str(tmp_path), [fd.Picture("sub/huge.png")], [], None, fd.Args())
+    image, _, (_, reason) = data[-1, 0]
+    assert image is None and "DecompressionBombError" in reason
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+def test_a_coco_folder_is_found_by_itself(tmp_path):
+    """Roboflow's layout, with the same file name in two splits; a picture that is in two splits is an error."""
+    for split, value in (("train", 10), ("valid", 20), ("test", 30)):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (40, 40), (value, 0, 0)).save(tmp_path / split / "0.jpg")
+        write_coco(tmp_path / split / "_annotations.coco.json", [("0.jpg", (40, 40), [[1, 1, 9, 9]], ["disc"])])
+    folder, pictures = fd.load_pictures(fd.Args(data_dir=str(tmp_path)))
+    assert folder == str(tmp_path)
+    assert [(p.path, p.split) for p in pictures] == [
+        (f"{a}/0.jpg", b) for a, b in zip(("train", "valid", "test"), fd.SPLITS)
+    ]
+    leak = write_coco(tmp_path / "leak.json", [("valid/0.jpg", (40, 40), [[1, 1, 9, 9]], ["disc"])])
+    args = fd.Args(data_dir=str(tmp_path), annotations=str(leak), val_annotations=str(leak))
+    with pytest.raises(SystemExit, match="1 errors in the annotations"):
+        fd.load_pictures(args)
+
+
+def test_voc_2007(tmp_path, monkeypatch):
+    for k, split in enumerate(fd.SPLITS):
+        write_voc(
+            tmp_path / f"data/VOCdevkit/VOC2007/Annotations/{k}.xml", f"{k}.jpg", (40, 40), [([1, 1, 9, 9], "cat")]
+        )
+        for folder in ("JPEGImages", "ImageSets/Main"):
+            (tmp_path / "data/VOCdevkit/VOC2007" / folder).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / f"data/VOCdevkit/VOC2007/JPEGImages/{k}.jpg")
+        (tmp_path / f"data/VOCdevkit/VOC2007/ImageSets/Main/{split}.txt").write_text(f"{k}\n")
+    monkeypatch.chdir(tmp_path)
+    _, pictures = fd.load_pictures(fd.Args(dataset="voc2007", download=True))  # what is there is not downloaded
+    assert [(p.path, p.split, p.labels) for p in pictures] == [
+        (f"{k}.jpg", s, ["cat"]) for k, s in enumerate(fd.SPLITS)
+    ]
+    with pytest.raises(SystemExit, match="--dataset voc2007: Dataset not found"):
+        fd.load_pictures(fd.Args(dataset="voc2007", data_dir="elsewhere"))
 
 
 def make(split, *labels, path="x"):
@@ -163,20 +203,20 @@ def make(split, *labels, path="x"):
 
 
 def test_choice_of_classes(capsys):
-    def pictures():
-        return [make("train", "lute", "lute", "harp"), make("train", "harp"), make("train", "drum"),
-                make("val", "lute"), make("train"), make("test", "drum")]  # fmt: skip
+    def chosen(**flags):
+        pictures = [make("train", "lute", "lute", "harp"), make("train", "harp"), make("train", "drum"),
+                    make("val", "lute"), make("train"), make("test", "drum")]  # fmt: skip
+        classes = fd.choose_classes(fd.Args(**flags), pictures)
+        return classes, [picture.labels for picture in fd.keep_classes(pictures, classes)]
 
-    kept, classes = fd.choose_classes(fd.Args(), pictures())
-    assert classes == ["drum", "harp", "lute"] and len(kept) == 6
-    kept, classes = fd.choose_classes(fd.Args(top_classes=2), pictures())
+    classes, labels = chosen()
+    assert classes == ["drum", "harp", "lute"] and len(labels) == 6
+    classes, labels = chosen(top_classes=2)
     assert classes == ["harp", "lute"]
-    assert [picture.labels for picture in kept] == [["lute", "lute", "harp"], ["harp"], ["lute"], []]  # negatives stay
+    assert labels == [["lute", "lute", "harp"], ["harp"], ["lute"], []]  # negatives stay
     assert "2 boxes of 1 other classes are left out: drum" in capsys.readouterr().out
-    kept, classes = fd.choose_classes(fd.Args(single_class=True), pictures())
-    assert classes == ["object"] and {label for picture in kept for label in picture.labels} == {"object"}
-    with pytest.raises(SystemExit, match="--classes harps: no training image has it, did you mean harp"):
-        fd.choose_classes(fd.Args(classes=["harps"]), pictures())
+    with pytest.raises(SystemExit, match="--classes harps: in the training images there are lute, harp, drum"):
+        chosen(classes=["harps"])
 
 
 def test_split_by_image():
@@ -238,21 +278,30 @@ def test_the_paper_s_ap_by_hand():
     third = [53, 50, 63, 60]  # IoU with c: 70 / 130
     boxes = {0: found((a, 1, 0.9), ([70, 70, 80, 80], 1, 0.8)), 1: found((third, 1, 0.7))}
     # by score: right, wrong, right; precision 1, 1/2, 2/3 at recall 1/3, 1/3, 2/3
-    assert fd.paper_ap(pictures, boxes, ["x"], 0.5) == {"x": pytest.approx(1 / 3 + 1 / 3 * 2 / 3)}
-    assert fd.paper_ap(pictures, boxes, ["x"], 0.6) == {"x": pytest.approx(1 / 3)}
-    # the second of two boxes on the same object is wrong; one below the threshold of 0.05 does not count
-    near = [0, 3, 10, 13]  # IoU with a: 70 / 130 < 0.45 would survive suppression only without it
+    assert paper_ap(pictures, boxes, 0.5) == pytest.approx(1 / 3 + 1 / 3 * 2 / 3)
+    assert paper_ap(pictures, boxes, 0.6) == pytest.approx(1 / 3)
+    # the second of two boxes on the same object is wrong, and gone if it overlaps the first by 0.45
     twice = {0: found((a, 1, 0.9), ([4, 0, 14, 10], 1, 0.8), (b, 1, 0.04)), 1: found((c, 1, 0.7))}
-    assert fd.paper_ap(pictures, twice, ["x"], 0.1)["x"] == pytest.approx(1 / 3 + 1 / 3 * 2 / 3)
-    assert fd.paper_ap(pictures, {0: found((a, 1, 0.9), (near, 1, 0.8)), 1: found()}, ["x"], 0.1)["x"] == 1 / 3
+    assert paper_ap(pictures, twice, 0.1) == pytest.approx(1 / 3 + 2 / 3 * 3 / 4)
+    near = [0, 3, 10, 13]  # IoU with a: 70 / 130
+    assert paper_ap(pictures, {0: found((a, 1, 0.9), (near, 1, 0.8), (b, 1, 0.7)), 1: found()}, 0.1) == pytest.approx(
+        2 / 3
+    )
+    # a miss before takes no object away
+    miss = {0: found(([0, 0, 4, 4], 1, 0.9), (a, 1, 0.8)), 1: found()}
+    assert paper_ap(pictures, miss, 0.5) == pytest.approx(1 / 3 * 1 / 2)
     # ties: the order of the images decides
     tied = {0: found(([70, 70, 80, 80], 1, 0.5)), 1: found((c, 1, 0.5))}
-    assert fd.paper_ap(pictures, tied, ["x"], 0.5)["x"] == pytest.approx(1 / 3 * 1 / 2)
-    assert fd.paper_ap(pictures, {0: found(), 1: found()}, ["x"], 0.5) == {"x": 0.0}
-    assert math.isnan(fd.paper_ap(pictures, boxes, ["x", "y"], 0.5)["y"])
+    assert paper_ap(pictures, tied, 0.5) == pytest.approx(1 / 3 * 1 / 2)
+    assert paper_ap(pictures, {0: found(), 1: found()}, 0.5) == 0.0
+    assert math.isnan(fd.paper_ap(pictures, boxes, "y", 2, 0.5))
     # a crowd is neither expected nor wrong
     crowd = [truth((a, "x", False), (b, "x", True))]
-    assert fd.paper_ap(crowd, {0: found((b, 1, 0.9), (a, 1, 0.8))}, ["x"], 0.5) == {"x": 1.0}
+    assert paper_ap(crowd, {0: found((b, 1, 0.9), (a, 1, 0.8))}, 0.5) == 1.0
+
+
+def paper_ap(pictures, boxes, iou):
+    return fd.paper_ap(pictures, boxes, "x", 1, iou)
 
 
 def random_case(seed, images=40):
@@ -273,32 +322,12 @@ def random_case(seed, images=40):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_coco_metrics_against_pycocotools_from_files(seed, tmp_path):
-    """Against an evaluation from JSON files that pycocotools reads itself."""
-    pictures, boxes = random_case(seed)
-    images = [{"id": i} for i in range(len(pictures))]
-    annotations, results = [], []
-    for i, picture in enumerate(pictures):
-        for (x1, y1, x2, y2), name, crowd in zip(picture.boxes, picture.labels, picture.crowd):
-            entry = {"id": len(annotations) + 1, "image_id": i, "category_id": "abc".index(name) + 1}
-            entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": int(crowd)}
-            annotations.append(entry)
-        for (x1, y1, x2, y2), label, score in zip(*(boxes[i][k].tolist() for k in ("boxes", "labels", "scores"))):
-            results.append({"image_id": i, "category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score})
-    categories = [{"id": n, "name": name} for n, name in enumerate("abc", 1)]
-    (tmp_path / "gt.json").write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    )
-    (tmp_path / "dt.json").write_text(json.dumps(results))
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(str(tmp_path / "gt.json"))
-        evaluation = COCOeval(coco, coco.loadRes(str(tmp_path / "dt.json")), "bbox")
-        evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
-    metrics = fd.measure(pictures, boxes, list("abc"))
-    assert [metrics[name] for name in ("AP", "AP50", "AP75")] == pytest.approx(evaluation.stats[:3].tolist(), abs=1e-12)
+def test_coco_s_and_the_paper_s_ap_agree(seed):
+    """They differ here in the integration only: over 101 points of the curve, and over all."""
+    metrics = fd.measure(*random_case(seed), list("abc"))
     assert np.mean([metrics[f"AP/{name}"] for name in "abc"]) == pytest.approx(metrics["AP"])
-    # The paper's AP differs here in the integration only, over all points of the curve and not over 101
     assert metrics["AP@0.5"] == pytest.approx(metrics["AP50"], abs=0.01) and metrics["AP@0.1"] >= metrics["AP@0.5"]
+    assert 0.3 < metrics["AP"] < metrics["AP50"] < 0.95
 
 
 def test_metrics_without_predictions_or_truth():
@@ -318,7 +347,6 @@ def test_metrics_without_predictions_or_truth():
 def detector(arch, backbone="mobilenet_v3_small", **more):
     args = fd.Args(arch=arch, backbone=backbone, image_size=more.pop("image_size", 64), weights="none", **more)
     model = fd.make_detector(args, 3)
-    fd.plain_norms(model)
     return model, args
 
 
@@ -326,15 +354,15 @@ def detector(arch, backbone="mobilenet_v3_small", **more):
 def test_families_train_and_detect(arch):
     """Losses with and without boxes, gradients in all parts, and detections in the pixels of each image."""
     torch.manual_seed(0)
-    model, args = detector(arch)
+    model, args = detector(arch, learning_rate=1e-3)
     images = [torch.rand(3, 48, 80), torch.rand(3, 64, 64)]
     targets = [{"boxes": torch.tensor([[10.0, 10.0, 40.0, 40.0]]), "labels": torch.tensor([2])},
                {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}]  # fmt: skip
     for target in targets:
         target["proposals"] = torch.tensor([[8.0, 8.0, 42.0, 42.0], [0.0, 0.0, 20.0, 30.0]])
-    frozen = fd.Frozen(model, [], args)
-    frozen.train()
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    assert fd.freeze(model, [], args) == []
+    model.train()
+    optimizer = fd.make_optimizer(args, model)
     losses = model(images, targets)
     assert all(value.ndim == 0 and value.isfinite() for value in losses.values())
     sum(losses.values()).backward()
@@ -344,6 +372,8 @@ def test_families_train_and_detect(arch):
     model.eval()
     with torch.no_grad():
         results = model(images, targets)
+    if arch in ("fcos", "retinanet"):  # whose first sigmoid is of the background: `detect` leaves its boxes out
+        results = [{name: value[each["labels"] > 0] for name, value in each.items()} for each in results]
     for image, result in zip(images, results):
         h, w = image.shape[1:]
         assert set(result) == {"boxes", "labels", "scores"} and result["labels"].dtype == torch.int64
@@ -351,37 +381,72 @@ def test_families_train_and_detect(arch):
         assert set(result["labels"].tolist()) <= {1, 2}
 
 
-@pytest.mark.parametrize("arch", [*fd.FAMILIES, "yolov3"])
-def test_families_train_in_bfloat16(arch):
-    """As the script does on CUDA, but here on the CPU: losses and gradients in float32, near those without it."""
+@pytest.mark.parametrize("arch", [*fd.FAMILIES, "ssdlite320_mobilenet_v3_large", "fcos_resnet50_fpn", "yolov3"])
+def test_one_cut_off_for_all_detectors(arch):
+    """Scores from 0.05 on and 100 boxes an image, whatever the detector's own limits are; RetinaNet's are sigmoids."""
     torch.manual_seed(0)
-    # not 64 pixels: oneDNN leaves gradients of convolutions over a single pixel undefined in bfloat16
+    plain = arch in fd.TORCHVISION
+    model, _ = detector(arch, None if plain else "mobilenet_v3_small", image_size=None if plain else 64)
+    chooser = getattr(model, "roi_heads", model)
+    assert (chooser.score_thresh, chooser.detections_per_img) == (0.05, 100)
+
+
+def heads_dtypes(model):
+    """The dtypes that the convolutions and linear layers outside of the backbone return, in `seen`."""
+    seen = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) and not name.startswith("backbone."):
+            module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    return seen
+
+
+@pytest.mark.parametrize("arch", [*fd.FAMILIES, "yolov3"])
+def test_bfloat16_in_the_backbone_only(arch):
+    """As on CUDA, but here on the CPU."""
+    torch.manual_seed(0)
     model, args = detector(arch, image_size=128)
-    images = [torch.rand(3, 128, 128)] * 2
-    targets = [{"boxes": torch.tensor([[20.0, 20.0, 80.0, 80.0]]), "labels": torch.tensor([2]),
-                "proposals": torch.tensor([[16.0, 16.0, 84.0, 84.0]])}] * 2  # fmt: skip
-    fd.Frozen(model, [name for name in model.state_dict() if name.startswith("backbone.")], args).train()
-    sums, calls = {}, []
-    for name, module in model.named_modules():  # bfloat16 is really used
-        if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_hook(lambda module, inputs, output: calls.append(output.dtype))
+    images, boxes = [torch.rand(3, 128, 128)], torch.tensor([[20.0, 20.0, 80.0, 80.0]])
+    targets = [{"boxes": boxes, "labels": torch.tensor([2]), "proposals": boxes + 3}]
+    norms = fd.freeze(model, [name for name in model.state_dict() if name.startswith("backbone.")], args)
+    seen, inside, sums = heads_dtypes(model), [], []
+    convolution = next(module for module in model.backbone.modules() if isinstance(module, torch.nn.Conv2d))
+    convolution.register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
     for amp in (False, True):
+        if amp:
+            fd.autocast_backbone(model, "cpu")
         torch.manual_seed(0)
-        calls.clear()
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            losses = model(images, targets)
-        assert set(calls) == {torch.bfloat16 if amp else torch.float32}
-        loss = torch.stack([value.float() for value in losses.values()]).sum()
-        model.zero_grad()
-        loss.backward()
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
-        sums[amp] = loss.item()
-    assert sums[True] == pytest.approx(sums[False], rel=0.1)
+        model.train()
+        [module.eval() for module in norms]
+        sums.append(sum(model(images, targets).values()))
+    sums[1].backward()
+    assert inside == [torch.float32, torch.bfloat16] and seen == {torch.float32}
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
+    assert sums[1].dtype == torch.float32 and sums[1].item() == pytest.approx(sums[0].item(), rel=0.1)
+    model.eval()
+    with torch.no_grad():
+        model(images, targets)
+    assert inside[2] == torch.float32  # evaluation
 
 
-@pytest.mark.parametrize("arch, trained", [("ssd", 14), ("retinanet", 30), ("yolov3", 0)])
-def test_backbones_of_finetune_classify_fit(arch, trained, tmp_path):
+@pytest.mark.parametrize("arch", ["fasterrcnn", "retinanet", "fcos", "ssd"])
+def test_anchors_at_800_pixels_are_exact(arch):
+    """bfloat16 has 8 bits: an anchor at 613.6 would be at 612 or 616. At 128 pixels nothing is seen of it."""
+    model, _ = detector(arch, image_size=64)
+    fd.autocast_backbone(model.train(), "cpu")
+    model.transform.min_size, model.transform.max_size = (64,), 1000  # a strip, for speed
+    model.transform.fixed_size = (800, 64) if arch == "ssd" else None
+    images, targets = model.transform([torch.rand(3, 64, 800)], [{"boxes": torch.tensor([[613.6, 3.2, 713.3, 37.7]])}])
+    assert images.tensors.shape[-1] == 800 and targets[0]["boxes"][0, 0].item() == pytest.approx(613.6, rel=1e-6)
+    with torch.no_grad():
+        maps = list(model.backbone(images.tensors).values())
+    (anchors,) = getattr(model, "rpn", model).anchor_generator(images, maps)
+    (exact,) = getattr(model, "rpn", model).anchor_generator(images, [values.double() for values in maps])
+    assert anchors.dtype == torch.float32 and torch.allclose(anchors, exact.float(), atol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ["ssd", "retinanet", "yolov3"])
+def test_backbones_of_finetune_classify_fit(arch, tmp_path):
     """A checkpoint of finetune_classify.py and torchvision's file give the backbone its tensors; the rest is new."""
     source = models.mobilenet_v3_small(weights=None).state_dict()
     torch.save(source, tmp_path / "bare.pth")
@@ -397,27 +462,19 @@ def test_backbones_of_finetune_classify_fit(arch, trained, tmp_path):
         assert torch.equal(own["backbone.body.0.0.weight"], source["features.0.0.weight"])
         assert all(torch.equal(own[name], source[name.replace("backbone.body.", "features.")]) for name in loaded)
     args.strategy = "off-the-shelf"
-    fd.Frozen(model, loaded, args)
+    fd.freeze(model, loaded, args)
     still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert still == {name for name, _ in model.named_parameters() if name.startswith("backbone.body.")}
 
 
 def test_backbones_of_torchvision_s_detectors_fit():
-    with torch.device("meta"):
-        shapes = [
-            {k: v.shape for k, v in net(weights=None).state_dict().items()} for net in (models.vgg16, models.resnet50)
-        ]
-    vgg, resnet = ({k: torch.rand(v) for k, v in each.items() if not k.startswith("classifier")} for each in shapes)
-    for arch, state, where, there in (
-        ("ssd300_vgg16", vgg, "backbone.features.21.weight", "features.21.weight"),
-        ("ssd300_vgg16", vgg, "backbone.extra.0.1.weight", "features.24.weight"),
-        ("fasterrcnn_resnet50_fpn", resnet, "backbone.body.layer4.2.conv3.weight", "layer4.2.conv3.weight"),
-    ):
-        model = fd.make_detector(fd.Args(arch=arch), 3)
-        loaded = fd.load_into(model, state, "a file")
-        assert torch.equal(model.state_dict()[where], state[there]) and where in loaded
+    state = {name: value for name, value in models.resnet50(weights=None).state_dict().items()}
+    model = fd.make_detector(fd.Args(arch="fasterrcnn_resnet50_fpn"), 3)
+    loaded = fd.load_into(model, state, "a file")
+    where = "backbone.body.layer4.2.conv3.weight"
+    assert torch.equal(model.state_dict()[where], state["layer4.2.conv3.weight"]) and where in loaded
     with pytest.raises(SystemExit, match="a file is of another architecture: .* tensors do not fit"):
-        fd.load_into(model, vgg, "a file")
+        fd.load_into(model, models.mobilenet_v3_small(weights=None).state_dict(), "a file")
 
 
 @pytest.mark.parametrize("arch", ["fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large",
@@ -432,7 +489,7 @@ def test_a_detector_of_torchvision_gets_a_new_head(arch):
     loaded = fd.load_into(model, coco, "coco")
     after = model.state_dict()
     new = set(after) - set(loaded)
-    assert new and all(fd.is_head(name) and torch.equal(after[name], before[name]) for name in new)
+    assert new and all(fd.HEAD.search(name) and torch.equal(after[name], before[name]) for name in new)
     assert all(torch.equal(after[name], coco[name]) for name in loaded)
     same = models.get_model(arch, weights=None, weights_backbone=None, num_classes=4).state_dict()
     assert {name: value.shape for name, value in same.items()} == {name: value.shape for name, value in after.items()}
@@ -440,10 +497,10 @@ def test_a_detector_of_torchvision_gets_a_new_head(arch):
 
 def test_frozen_stays_frozen():
     torch.manual_seed(0)
-    model, args = detector("ssd", strategy="fine-tune", trainable_backbone_layers=2)
-    loaded = [name for name in model.state_dict() if name.startswith("backbone.body.")]
-    frozen = fd.Frozen(model, loaded, args)
-    frozen.train()
+    model, args = detector("ssd", strategy="fine-tune", unfreeze_from="body.4")
+    norms = fd.freeze(model, [name for name in model.state_dict() if name.startswith("backbone.body.")], args)
+    model.train()
+    [module.eval() for module in norms]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2)
     boxes = torch.tensor([[10.0, 10.0, 30.0, 30.0], [2.0, 2.0, 60.0, 60.0], [20.0, 20.0, 64.0, 64.0]])
@@ -453,12 +510,17 @@ def test_frozen_stays_frozen():
         sum(model([torch.rand(3, 64, 64)], [target]).values()).backward()
         optimizer.step()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    # of mobilenet_v3_small: 0 is stride 2, 1 is 4, 2-3 are 8, 4-8 are 16, 9-12 are 32
-    body = {int(name.split(".")[2]) for name in changed if name.startswith("backbone.body.")}
-    assert body == set(range(4, 13)) and not any(
-        "running" in name for name in changed if name.startswith("backbone.body.")
-    )
-    assert [len(group) for group in fd.stages(model)] == [1, 1, 2, 5, 4]
+    body = {name for name in changed if name.startswith("backbone.body.")}
+    assert {int(name.split(".")[2]) for name in body} == set(range(4, 13))
+    assert not any("running" in name for name in body)
+    with pytest.raises(SystemExit, match="--unfreeze-from layer9: no module has that name"):
+        fd.freeze(model, [], fd.Args(unfreeze_from="layer9"))
+
+
+def test_batch_normalisation_from_scratch():
+    model, args = detector("ssd", strategy="scratch")
+    assert fd.freeze(model, [], args) == []
+    assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
 
 
 def test_external_proposals_are_scaled_with_the_image():
@@ -473,6 +535,7 @@ def test_external_proposals_are_scaled_with_the_image():
 
 
 # --------------------------------------------------------------------------------------------------------- whole runs
+TIMES = ("charts/seconds_per_update", "charts/seconds_waiting_for_data")
 
 
 @pytest.fixture(scope="session")
@@ -486,9 +549,8 @@ def trained(shapes, tmp_path_factory):
 
 def test_a_run_learns_and_leaves_what_it_should(trained):
     folder, out = trained
-    logged = scalars(folder, ("charts/seconds_per_update", "charts/seconds_waiting_for_data"))
-    epochs = len(logged["train/loss"])
-    assert epochs == 9 and {"losses/classification", "losses/bbox_regression", "val/AP", "test/AP@0.1"} <= set(logged)
+    logged = scalars(folder, TIMES)
+    assert len(logged["train/loss"]) == 9 and {"losses/classification", "val/AP", "test/AP@0.1"} <= set(logged)
     losses = [value for _, value in logged["train/loss"]]
     assert losses[-1] < 0.5 * losses[0]
     assert logged["test/AP@0.5"][0][1] > 0.5, logged["test/AP@0.5"]
@@ -501,97 +563,125 @@ def test_a_run_learns_and_leaves_what_it_should(trained):
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == ["disc", "square"]
     assert np.mean([float(row["AP@0.5"]) for row in rows]) == pytest.approx(logged["test/AP@0.5"][0][1], abs=1e-4)
-    assert "32 (" in out and "s/update" in out and "waiting for data" in out
+    with open(folder / "split.csv") as file:
+        splits = [row["split"] for row in csv.DictReader(file)]
+    assert [splits.count(split) for split in fd.SPLITS] == [32, 8, 8]
+    assert Image.open(folder / "curves.png").size[0] > 500
+    drawn = folder / "detections/test/test_00.png"
+    assert (np.asarray(Image.open(drawn)) != np.asarray(Image.open(folder / "detections/test/test_03.png"))).any()
+    assert "s/update" in out and "waiting for data" in out and "the momentum of the others 0.1" in out
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_evaluate_and_predict(trained, shapes, tmp_path):
     folder, _ = trained
-    checkpoint = folder / "finetune_detect.pt"
-    out = run("finetune_detect.py", "--evaluate", checkpoint, cwd=tmp_path).stdout
+    out = run("finetune_detect.py", "--evaluate", folder, cwd=tmp_path).stdout
     logged = scalars(folder)
-    assert f"on 8 images: AP {logged['test/AP'][0][1]:.4f}, AP50 {logged['test/AP50'][0][1]:.4f}" in out
-    other = ["--evaluate", checkpoint, "--annotations", shapes / "val.json"]
+    assert f"on 8 test images: AP {logged['test/AP'][0][1]:.4f}, AP50 {logged['test/AP50'][0][1]:.4f}" in out
+    other = ["--evaluate", folder / "finetune_detect.pt", "--annotations", shapes / "val.json"]
     out = run("finetune_detect.py", *other, cwd=tmp_path).stdout
-    assert f"on 8 images: AP {dict(logged['val/AP'])[torch.load(checkpoint)['epoch']]:.4f}" in out
+    epoch = torch.load(folder / "finetune_detect.pt")["epoch"]
+    assert f"on 8 test images: AP {dict(logged['val/AP'])[epoch]:.4f}" in out
     (tmp_path / "new").mkdir()
     image, boxes, _ = canvas(np.random.default_rng(5), 2)
     image.save(tmp_path / "new/one.png")
     (tmp_path / "new/bad.jpg").write_bytes(b"nothing")
-    out = run("finetune_detect.py", "--evaluate", checkpoint, "--predict", "new", cwd=tmp_path).stdout
+    (tmp_path / "new" / os.fsdecode(b"\xff.png")).write_bytes((tmp_path / "new/one.png").read_bytes())
+    out = run("finetune_detect.py", "--evaluate", folder, "--predict", "new", cwd=tmp_path).stdout
     assert "bad.jpg cannot be read" in out
     results = json.loads((folder / "predictions.json").read_text())
-    assert results and {row["file_name"] for row in results} == {"one.png"}
+    assert {row["file_name"] for row in results} == {"one.png", os.fsdecode(b"\xff.png")}
     best = max(results, key=lambda row: row["score"])
     x, y, w, h = best["bbox"]
     overlap = fd.box_iou(torch.tensor([[x, y, x + w, y + h]]), torch.tensor(boxes, dtype=torch.float32)).max()
     assert overlap > 0.5 and best["category"] == ["disc", "square"][best["category_id"] - 1]
-    drawn = np.asarray(Image.open(folder / "pictures/one.png"))
-    assert drawn.shape == (96, 96, 3) and (drawn != np.asarray(image)).any()
+    assert (np.asarray(Image.open(folder / "pictures/one.png")) != np.asarray(image)).any()
+    done = run("finetune_detect.py", "--evaluate", folder, "--image-size", 64, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "is of a run with image_size 96, not 64" in done.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is of Linux")
-def test_freed_memory_is_used_again():
-    code = """if True:
-        import resource, sys, torch, finetune_detect
-        if sys.argv[1] == "keep":
-            finetune_detect.keep_freed_memory()
-        def faults():
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for i in range(25):
-            if i == 5:
-                before = faults()
-            torch.ones(12_000_000)
-        print(faults() - before)"""
-    command, pages = [sys.executable, "-c", code], 20 * 48_000_000 / os.sysconf("SC_PAGE_SIZE")
-    plain, kept = (int(subprocess.check_output([*command, word], text=True, cwd=ROOT)) for word in ("plain", "keep"))
-    if plain < pages / 2:
-        pytest.skip("the system gives large pages, or its malloc keeps memory by itself")
-    assert kept < pages / 5  # a piece of another size in between may move the block once or twice
+def test_evaluation_of_a_run_without_test_images_is_of_its_validation_images(shapes, tmp_path):
+    command = flags(shapes, "--strategy", "scratch", "--epochs", 1)
+    at = command.index("--test-annotations")
+    run("finetune_detect.py", *command[:at], *command[at + 2 :], cwd=tmp_path)
+    folder = only_run(tmp_path / "runs")
+    out = run("finetune_detect.py", "--evaluate", folder, cwd=tmp_path).stdout
+    assert f"on 8 val images: AP {scalars(folder)['val/AP'][0][1]:.4f}" in out
+    assert not any(tag.startswith("test/") for tag in scalars(folder))
 
 
-def test_a_killed_run_resumes_to_the_last_bit(shapes, tmp_path):
-    more = ["--strategy", "scratch", "--epochs", "3", "--batch-size", "2", "--seed", "3", "--exp-name", "detector"]
-    command = [*map(str, flags(shapes, *more)), "--no-cuda"]
-    run("finetune_detect.py", *flags(shapes, *more, "--logdir", "whole"), cwd=tmp_path)
-    process = subprocess.Popen([sys.executable, str(ROOT / "finetune_detect.py"), *command, "--logdir", "parts"],
-                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    while not list(tmp_path.glob("parts/*/events*")) and process.poll() is None:
+def start(command, cwd, **options):
+    words = [sys.executable, str(ROOT / "finetune_detect.py"), *map(str, command), "--no-cuda"]
+    return subprocess.Popen(words, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(pattern, cwd, process):
+    while not list(cwd.glob(pattern)) and process.poll() is None:
         time.sleep(0.05)
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_process_group_leaves_a_run_that_resumes(number, shapes, tmp_path):
+    """As `timeout` and schedulers send it: the workers get it, too. The resumed run is the straight one, bit by bit."""
+    more = ["--strategy", "scratch", "--epochs", 3, "--batch-size", 2, "--exp-name", "detector", "--workers", 2]
+    run("finetune_detect.py", *flags(shapes, *more, "--logdir", "whole"), cwd=tmp_path)
+    process = start(flags(shapes, *more, "--logdir", "parts"), tmp_path, start_new_session=True)
+    wait_for("parts/*/detector.pt", tmp_path, process)  # the first epoch is over
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, (out, err)
-    last = only_run(tmp_path / "parts") / "detector_last.pt"
-    stopped = torch.load(last)
-    assert (stopped["epoch"], stopped["step"]) != (3, 0) and f"--resume {last.relative_to(tmp_path)}" in out
-    run("finetune_detect.py", "--resume", last, cwd=tmp_path)
+    assert process.returncode == 130 and "Traceback" not in err, (out, err)
+    folder = only_run(tmp_path / "parts")
+    assert f"--resume {folder.relative_to(tmp_path)} goes on" in err
+    assert 1 <= torch.load(folder / "detector_last.pt")["epoch"] < 3 and not list(folder.glob("*.tmp"))
+    run("finetune_detect.py", "--resume", folder, cwd=tmp_path)
     whole, parts = (torch.load(only_run(tmp_path / name) / "detector_last.pt") for name in ("whole", "parts"))
     assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
-    left_out = ("charts/seconds_per_update", "charts/seconds_waiting_for_data")
-    one, other = (scalars(only_run(tmp_path / name), left_out) for name in ("whole", "parts"))
-    assert one == other
+    logged = scalars(folder, TIMES)
+    assert logged == scalars(only_run(tmp_path / "whole"), TIMES)
+    # a finished run that is resumed writes no point again
+    out = run("finetune_detect.py", "--resume", folder, cwd=tmp_path).stdout
+    assert "the run is finished and tested" in out and scalars(folder, TIMES) == logged
+    done = run("finetune_detect.py", "--resume", folder, "--seed", 9, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "is of a run with seed 1, not 9" in done.stderr
 
 
-def test_a_run_killed_in_validation_resumes(shapes, tmp_path, monkeypatch):
-    more = ["--strategy", "scratch", "--epochs", "2", "--batch-size", "4", "--exp-name", "detector"]
-    run("finetune_detect.py", *flags(shapes, *more, "--logdir", "whole"), cwd=tmp_path)
-    opened, real = [], Image.open
+def test_a_run_whose_reader_or_worker_goes_away(shapes, tmp_path):
+    """`| head`, and a worker that the kernel kills: one line and a checkpoint."""
+    more = ["--strategy", "scratch", "--epochs", 50, "--workers", 2]
+    process = start(flags(shapes, *more), tmp_path)
+    wait_for("runs/*/finetune_detect.pt", tmp_path, process)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 130 and "goes on" in err and "Traceback" not in err, err
+    shutil.rmtree(tmp_path / "runs")
+    process = start(flags(shapes, *more), tmp_path)
+    wait_for("runs/*/finetune_detect.pt", tmp_path, process)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on" in err and "Traceback" not in err, err
+    assert torch.load(only_run(tmp_path / "runs") / "finetune_detect_last.pt")["epoch"] >= 1
 
-    def stop(path, *rest, **others):
-        opened.extend([path] * ("val_03" in str(path)))
-        if len(opened) == 2 and "val_03" in str(path):  # the first time it was the check of the annotations
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(path, *rest, **others)
 
-    monkeypatch.setattr(Image, "open", stop)
-    ended = run("finetune_detect.py", *flags(shapes, *more, "--logdir", "parts"), cwd=tmp_path, check=False)
-    assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
-    last = only_run(tmp_path / "parts") / "detector_last.pt"
-    assert (torch.load(last)["epoch"], torch.load(last)["step"]) == (0, 8)
-    run("finetune_detect.py", "--resume", last, cwd=tmp_path)
-    left_out = ("charts/seconds_per_update", "charts/seconds_waiting_for_data")
-    one, other = (scalars(only_run(tmp_path / name), left_out) for name in ("whole", "parts"))
-    assert one == other
+def test_a_full_disk_ends_the_run_with_one_line(shapes, tmp_path):
+    """A limit on the size of files stands for it: no file of a temporary name is left."""
+    limit = (1_000_000, 1_000_000)
+    process = start(flags(shapes, "--strategy", "scratch"), tmp_path,
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))  # fmt: skip
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "_last.pt cannot be written: " in err and err.strip().count("\n") == 0, err
+    assert not list(tmp_path.glob("runs/*/*.tmp")) and not list(tmp_path.glob("runs/*/*.pt"))
+
+
+def test_results_do_not_depend_on_workers(shapes, tmp_path):
+    """Regions of Faster R-CNN are drawn by the generator of the training process, which workers do not touch."""
+    for workers in (0, 2):
+        more = ["--arch", "fasterrcnn", "--strategy", "scratch", "--epochs", 1, "--logdir", workers]
+        run("finetune_detect.py", *flags(shapes, *more, "--workers", workers), cwd=tmp_path)
+    one, other = (scalars(only_run(tmp_path / name), TIMES) for name in ("0", "2"))
+    assert one == other and "losses/rpn_box_reg" in one
 
 
 def test_training_images_that_cannot_be_read_end_the_run(shapes, tmp_path):
@@ -606,19 +696,32 @@ def test_training_images_that_cannot_be_read_end_the_run(shapes, tmp_path):
 
 
 def test_one_file_is_split_and_the_split_kept(shapes, tmp_path):
-    more = ["--strategy", "off-the-shelf", "--epochs", 1]
+    more = ["--strategy", "off-the-shelf", "--epochs", 1, "--warmup-iterations", 0]
     torch.save(models.mobilenet_v3_small(weights=None).state_dict(), tmp_path / "w.pth")
     command = ["--data-dir", shapes / "images", "--annotations", shapes / "train.json", *SMALL[:-2]]
     out = run("finetune_detect.py", *command, "--weights", "w.pth", *more, cwd=tmp_path).stdout
     assert "16 (" in out and "8 (" in out and "frozen" in out
     folder = only_run(tmp_path / "runs")
-    splits = torch.load(folder / "finetune_detect.pt")["splits"]
-    assert sorted(splits.values()) == ["test"] * 8 + ["train"] * 16 + ["val"] * 8
-    again = run("finetune_detect.py", "--evaluate", folder / "finetune_detect.pt", cwd=tmp_path).stdout
-    assert f"on 8 images: AP {scalars(folder)['test/AP'][0][1]:.4f}" in again
-    chain = ["--pretrained", folder / "finetune_detect.pt", "--single-class", "--epochs", 1, "--logdir", "next"]
+    assert scalars(folder)["charts/learning_rate"][0][1] == pytest.approx(0.0000625 * 4)  # without warm-up
+    again = run("finetune_detect.py", "--evaluate", folder, cwd=tmp_path).stdout
+    assert f"on 8 test images: AP {scalars(folder)['test/AP'][0][1]:.4f}" in again
+    chain = ["--pretrained", folder, "--single-class", "--epochs", 1, "--logdir", "next", "--seed", 2]
+    chain += ["--split-file", folder / "split.csv"]
     out = run("finetune_detect.py", *command, *chain, cwd=tmp_path).stdout  # another number of classes
-    assert "1 classes: object" in out and (only_run(tmp_path / "next") / "finetune_detect.pt").is_file()
+    assert "1 classes: object" in out
+    assert (only_run(tmp_path / "next") / "split.csv").read_text() == (folder / "split.csv").read_text()
+
+
+def test_the_head_of_a_chain_is_not_the_one_that_its_source_began_with(shapes, tmp_path):
+    more = ["--strategy", "scratch", "--epochs", 1, "--learning-rate", 0]
+    run("finetune_detect.py", *flags(shapes, *more), cwd=tmp_path)
+    source = only_run(tmp_path / "runs")
+    more = ["--pretrained", source, "--epochs", 1, "--learning-rate", 0, "--logdir", "next"]
+    run("finetune_detect.py", *flags(shapes, *more), cwd=tmp_path)
+    one, other = (torch.load(f / "finetune_detect_last.pt")["model"] for f in (source, only_run(tmp_path / "next")))
+    heads = [name for name in one if fd.HEAD.search(name) and name.endswith("weight")]
+    assert heads and not any(torch.equal(one[name], other[name]) for name in heads)
+    assert all(torch.equal(one[name], other[name]) for name in one if "body" in name and name.endswith("weight"))
 
 
 def test_fast_rcnn_on_a_file_of_proposals(shapes, tmp_path):
@@ -629,55 +732,54 @@ def test_fast_rcnn_on_a_file_of_proposals(shapes, tmp_path):
     run("finetune_detect.py", *flags(shapes, *more), cwd=tmp_path)
     logged = scalars(only_run(tmp_path / "runs"))
     assert {"losses/box_reg", "losses/classifier", "train/loss"} <= set(logged) and "losses/rpn_box_reg" not in logged
-    (tmp_path / "wrong.json").write_text('{"train_00.png": [[1, 2, 3]]}')
-    more[3] = "wrong.json"
-    done = run("finetune_detect.py", *flags(shapes, *more), cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "--proposals wrong.json: a box is four numbers" in done.stderr
 
 
-def test_selective_search(shapes):
-    pytest.importorskip("cv2.ximgproc")
-    found = fd.selective_search(str(shapes / "images"), ["train_00.png"], lambda: False)
-    (truth,) = [p for p in fd.read_annotations(str(shapes / "train.json"), fd.Args()) if p.path == "train_00.png"]
-    best = fd.box_iou(torch.tensor(truth.boxes), torch.tensor(found["train_00.png"])).max(dim=1).values
-    assert (best > 0.7).all()
+def test_a_checkpoint_writes_nothing_outside_of_its_folder(trained, tmp_path):
+    """Names in a file that somebody else made: the run's name and folder come from the command line and its place."""
+    checkpoint = torch.load(trained[0] / "finetune_detect_last.pt")
+    checkpoint["args"] |= {"exp_name": "../escaped", "logdir": str(tmp_path / "elsewhere"), "epochs": 10}
+    (tmp_path / "run").mkdir()
+    torch.save(checkpoint, tmp_path / "run/evil_last.pt")
+    done = run("finetune_detect.py", "--resume", tmp_path / "run", cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "--exp-name ../escaped is not the name of a file" in done.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["evil_last.pt", "run"]
 
 
 @pytest.mark.parametrize(
     "words, says",
     [
-        ("", "--data-dir None: there is no such folder"),
+        ("", "--data-dir: the folder of the images is needed"),
+        ("--data-dir nowhere", "--data-dir nowhere: there is no such folder"),
         ("--data-dir {images}", "--annotations: a file or folder with the boxes is needed"),
-        ("--data-dir {images} --annotations no.json", "no.json: no annotations in a known format (FileNotFoundError"),
-        ("--data-dir {images} --annotations empty.json", "empty.json: no annotations in a known format"),
-        (
-            "--data-dir {images} --annotations {train} --arch yolov5",
-            "--arch yolov5: no such detector, did you mean yolov3",
-        ),
-        (
-            "--data-dir {images} --annotations {train} --arch ssd --backbone resnet19",
-            "--backbone resnet19: torchvision has",
-        ),
-        ("--data-dir {images} --annotations {train} --arch ssd --backbone vit_b_16", "no feature maps at strides 8"),
-        ("--data-dir {images} --annotations {train} --arch fcos_resnet50_fpn --backbone resnet18", "has its own"),
-        ("--data-dir {images} --annotations {train} --arch yolov3", "--weights yolov3.weights or darknet53.conv.74"),
-        ("--data-dir {images} --annotations {train} --arch yolov3 --weights empty.json", "empty.json"),
-        (
-            "--data-dir {images} --annotations {train} --arch ssd --weights x.pth",
-            "--weights x.pth: neither a file nor one",
-        ),
-        ("--data-dir {images} --annotations {train} --arch fastrcnn", "--arch fastrcnn needs --proposals"),
-        ("--data-dir {images} --annotations {train} --kmeans-anchors --weights none", "is for --arch yolov3"),
-        ("--data-dir {images} --annotations {train} --trainable-backbone-layers 6", "the backbone has 5 stages"),
-        ("--data-dir {images} --annotations {train} --strategy off-the-shelf --weights none", "needs trained layers"),
-        ("--data-dir {images} --annotations {train} --strategy scratch --pretrained x.pt", "no --pretrained"),
-        ("--data-dir {images} --annotations {train} --pretrained x.pt", "no file at x.pt"),
+        ("{data} no.json", "no.json: no annotations in a known format (FileNotFoundError"),
+        ("{data} empty.json", "empty.json: no annotations in a known format"),
+        ("{data} {train} --arch yolov5", "--arch yolov5: there are fasterrcnn, fastrcnn"),
+        ("{data} {train} --arch ssd --backbone resnet19", "--backbone resnet19: torchvision has"),
+        ("{data} {train} --arch ssd --backbone vit_b_16", "no feature maps at strides 8"),
+        ("{data} {train} --arch fcos_resnet50_fpn --backbone resnet18", "has its own"),
+        ("{data} {train} --arch yolov3", "--weights yolov3.weights or darknet53.conv.74"),
+        ("{data} {train} --arch yolov3 --weights empty.json", "empty.json"),
+        ("{data} {train} --arch yolov3 --image-size 100 --weights none", "yolov3 needs a multiple of 32"),
+        ("{data} {train} --arch ssd --weights x.pth", "--weights x.pth: neither a file nor one"),
+        ("{data} {train} --arch fastrcnn", "--arch fastrcnn needs --proposals"),
+        ("{data} {train} --unfreeze-from layer3 --strategy scratch", "--unfreeze-from is for --strategy fine-tune"),
+        ("{data} {train} --strategy off-the-shelf --weights none", "needs trained layers"),
+        ("{data} {train} --strategy scratch --pretrained x.pt", "no --pretrained"),
+        ("{data} {train} --pretrained x.pt", "no file at x.pt"),
+        ("{data} {train} --seed -1", "--seed must be between 0 and"),
+        ("{data} {train} --workers -1", "--workers must be between 0 and"),
+        ("{data} {train} --learning-rate -1", "--learning-rate must be between 0 and"),
+        ("{data} {train} --weights none --logdir empty.json", "empty.json/train__"),
+        ("{data} {train} --exp-name a/b", "--exp-name a/b is not the name of a file"),
         ("--evaluate empty.json", "empty.json cannot be loaded"),
-        ("--predict {images}", "--predict needs the checkpoint"),
+        ("--evaluate .", "no file at ./(0 checkpoints)"),
+        ("--predict {images}", "--predict needs a trained detector"),
     ],
 )
 def test_bad_input_gets_one_line(words, says, shapes, tmp_path):
     (tmp_path / "empty.json").write_text("{}")
-    words = words.format(images=shapes / "images", train=shapes / "train.json").split()
+    data = f"--data-dir {shapes / 'images'} --annotations"
+    words = words.format(images=shapes / "images", train=shapes / "train.json", data=data).split()
     done = run("finetune_detect.py", *words, cwd=tmp_path, check=False)
     assert done.returncode == 1 and says in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
+    assert "weights_only" not in done.stderr
