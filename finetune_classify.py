@@ -691,7 +691,8 @@ if __name__ == "__main__":
             fail(f"the flags {', '.join(sorted(fixed))} are those of {path} and cannot be changed")
         if args.resume and not {"optimizer", "history"} <= set(checkpoint):
             fail(f"{path} has no training state to resume; that is in the file that ends in _last.pt")
-        if args.resume and checkpoint.get("finished") and not changed & {"epochs", "patience"}:
+        over = checkpoint.get("epoch", 0) >= args.epochs or checkpoint.get("stale", 0) >= args.patience
+        if args.resume and checkpoint.get("finished") and over:
             fail(f"{path} is of a run that has ended; more --epochs or --patience would go on")
         split_file = os.path.join(os.path.dirname(path), "split.csv")
         if os.path.isfile(split_file) and (args.resume or not changed & {"data_dir", "dataset", "metadata"}):
@@ -741,7 +742,10 @@ if __name__ == "__main__":
     if checkpoint:
         model = restore(checkpoint)
     elif args.pretrained:
-        donor = restore(load_checkpoint(args.pretrained)[0])
+        checkpoint, _ = load_checkpoint(args.pretrained)
+        donor, wanted = restore(checkpoint), (args.arch, args.image_size or checkpoint["preprocessing"]["size"])
+        if wanted != (checkpoint["args"]["arch"], donor.preprocessing["size"]):
+            fail(f"--pretrained: a {checkpoint['args']['arch']} for {donor.preprocessing['size']} pixels, not {wanted}")
         model = Classifier(donor.trunk, donor.heads[0].in_features, donor.preprocessing, classes)
     else:
         model = Classifier(*make_trunk(args, random=args.strategy == "scratch" or args.weights == "none"), classes)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import finetune_classify as fc
 import numpy as np
@@ -510,7 +511,8 @@ def test_a_finished_run_is_not_tested_again(trained, folder, weights, tmp_path):
     flags = f"--data-dir {folder} --weights {weights} --strategy off-the-shelf --epochs 2"
     run(SCRIPT, *SMALL, *flags.split(), cwd=tmp_path)
     path = only_run(tmp_path / "runs")
-    assert "has ended" in run(SCRIPT, "--resume", path, cwd=tmp_path, check=False).stderr
+    for more in ([], ["--epochs", 1]):
+        assert "has ended" in run(SCRIPT, "--resume", path, *more, cwd=tmp_path, check=False).stderr
     assert len(scalars(path)["test/top1"]) == 1
     before = torch.load(path / "finetune_classify_last.pt")
     refused = run(SCRIPT, "--resume", path, "--arch", "vgg11", "--epochs", 3, cwd=tmp_path, check=False).stderr
@@ -546,7 +548,7 @@ def test_what_ends_a_run_costs_no_work(kind, folder, tmp_path):
     elif kind == "lost worker":
         while "epoch 2:" not in process.stdout.readline():
             pass
-        (worker,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[:1]
+        worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
         os.kill(int(worker), signal.SIGKILL)
     out = "" if kind == "closed pipe" else process.communicate(timeout=60)[0]
     (path,) = (tmp_path / "runs").iterdir()
@@ -598,6 +600,11 @@ def test_a_chain_to_other_classes(trained, folder, tmp_path):
         (tmp_path / "two" / kind).symlink_to(folder / kind)
     path = trained["fine-tune"][0]
     flags = ["--data-dir", tmp_path / "two", "--pretrained", path, "--strategy", "off-the-shelf", "--epochs", 1]
+    for more in (["--arch", "vgg11"], ["--image-size", 64]):
+        assert (
+            "--pretrained: a resnet18 for 32 pixels"
+            in run(SCRIPT, *SMALL, *flags, *more, cwd=tmp_path, check=False).stderr
+        )
     run(SCRIPT, *SMALL, *flags, cwd=tmp_path)
     chained, source = (
         torch.load(only_run(tmp_path / "runs") / "finetune_classify.pt"),
