@@ -127,7 +127,6 @@ def fail(message: str) -> NoReturn:
 @dataclass
 class Run:
     folder: str
-    checkpoint: str
     flags: dict[str, str]  # the hyper-parameters that the run logged
     curves: dict[str, np.ndarray]  # {tag: float64 (points, 2) with agent steps, ascending, and values}
     last_step: int  # of any scalar
@@ -191,8 +190,8 @@ def read_run(folder: str, tags: list[str]) -> Run:
     flags, curves, last_step = read_events(folder, tags)
     if not {"env_id", "seed", "exp_name"} <= set(flags):
         raise ValueError("it has logged no hyper-parameters with env_id, seed and exp_name")
-    if not "".join([str(folder), *flags.values()]).isprintable():
-        raise ValueError("control characters in a folder's name or in its hyper-parameters")
+    if not "".join([str(folder), *flags.values()]).isprintable() or "/" in flags["exp_name"]:
+        raise ValueError("control characters in the folder's name or in its hyper-parameters, or a slash in exp_name")
     logged = defaultdict(lambda: "None", flags)
     flags["algorithm"] = algorithm = flags.get("algorithm") or ALGORITHMS.get(flags["exp_name"], flags["exp_name"])
     algorithm = "DQN" if algorithm == "DDQN" and logged["double"] == "False" else algorithm
@@ -205,9 +204,8 @@ def read_run(folder: str, tags: list[str]) -> Run:
         mode = "hybrid" if logged["pretrained_head"] != "None" else mode
         mode += ", head kept" if logged["keep_head"] == "True" else ""
         mode += f", {logged['head_fraction']} of the head" if float(flags.get("head_fraction", 0)) else ""
-    total, checkpoint = int(float(flags.get("total_timesteps", 0))), os.path.join(folder, f"{flags['exp_name']}.pt")
     identity = algorithm, mode, source, game(flags["env_id"]), int(flags["seed"])
-    return Run(folder, checkpoint, flags, curves, last_step, total, *identity)
+    return Run(folder, flags, curves, last_step, int(float(flags.get("total_timesteps", 0))), *identity)
 
 
 def skip(folder: str, reason: object) -> None:
@@ -249,11 +247,11 @@ def finished_runs(logdir: str, metric: str, points: int = 2, others: tuple[str, 
         fail(f"--logdir {logdir}: no complete run with {metric} in it")
     for run in found.values():
         groups[run.algorithm, run.target].append(run)
-    for (algorithm, _), runs in groups.items():
-        values = {name: {run.flags.get(name) for run in runs} for run in runs for name in run.flags}
-        differing = sorted(name for name in set(values) - set(FREE.split()) if len(values[name]) > 1)
-        for run in runs:
-            run.algorithm = ", ".join([algorithm, *(f"{name} {run.flags.get(name)}" for name in differing)])
+    for runs in groups.values():
+        for name in sorted(set().union(*(run.flags for run in runs)) - set(FREE.split())):
+            if len({run.flags.get(name) for run in runs}) > 1:
+                for run in runs:
+                    run.algorithm += f", {name} {run.flags.get(name)}"
     return sorted(found.values(), key=lambda run: (run.algorithm, run.mode, run.source, run.target, run.seed))
 
 
@@ -428,14 +426,8 @@ STAGES = {  # {stage: [(mode, {flag: mode of the run that it names})]}
 
 def flags_of(text: str) -> dict[str, str]:
     """{hyper-parameter: value} of flags as given on a command line; `--no-x` is x False."""
-    words, flags = shlex.split(text.replace("=", " ")), {}
-    for word, following in zip(words, [*words[1:], "--"]):
-        name = word[2:].replace("-", "_")
-        if word.startswith("--") and not following.startswith("--"):
-            flags[name] = following
-        elif word.startswith("--"):
-            flags[name.removeprefix("no_")] = str(not name.startswith("no_"))
-    return flags
+    found = re.findall(r"--(no-)?([\w-]+)(?:[ =]+(?!--)(\S+))?", text)
+    return {name.replace("-", "_"): value or str(not off) for off, name, value in found}
 
 
 def equal(one: str, other: str) -> bool:
@@ -454,13 +446,16 @@ def plan(args: Args) -> None:
         fail(f"--env-ids names the games, --targets some of these: {' '.join(set(args.targets) - set(games))}")
     runs = read_runs(args.logdir, [metric]) if os.path.isdir(args.logdir) else []
 
+    def checkpoint(run: Run) -> str:
+        return os.path.join(run.folder, f"{run.flags['exp_name']}.pt")
+
     def find(flags: dict[str, str]) -> dict[tuple, list[Run]]:
         """{(mode, source, target, seed): runs with these flags and else of the algorithm proper, oldest first}."""
         wanted = {"algorithm": ALGORITHMS.get(script, script), "double": "True", "architecture": "separate"}
         wanted, found = wanted | {"dueling": "False", "terminal": "True"} | flags, defaultdict(list)
         for run in runs:
             fits = all(equal(run.flags.get(name, value), value) for name, value in wanted.items())
-            if fits and os.path.isfile(run.checkpoint):
+            if fits and os.path.isfile(checkpoint(run)):
                 found[run.mode, run.source, run.target, run.seed].append(run)
         return found
 
@@ -477,11 +472,11 @@ def plan(args: Args) -> None:
     for env_id, seed, (mode, needs), origin in product(args.targets or games, args.seeds, STAGES[args.stage], origins):
         if origin and (origin == games[env_id]) != (args.stage in ("self-transfer", "hybrid")):
             continue
-        command, mine = ["python", args.script, "--env-id", env_id, "--seed", str(seed), "--logdir", args.logdir], []
+        command = ["python", args.script, "--env-id", env_id, "--seed", str(seed), "--logdir", args.logdir]
         mine = found.get((mode, origin, games[env_id], seed), [])
         for flag, needed in needs.items():
             starts = sources.get((needed, "" if needed == "scratch" else origin, origin, seed), [])
-            starts = [run.checkpoint for run in starts if finished(run)]
+            starts = [checkpoint(run) for run in starts if finished(run)]
             if not starts:
                 missing[f"{origin}, {needed}, seed {seed}"], starts = True, [""]
             # A run that began from another network than these, a former one of the game, say, is another experiment
@@ -489,7 +484,7 @@ def plan(args: Args) -> None:
             mine = [run for run in mine if folder_name(run.flags[flag[2:].replace("-", "_")]) in names]
             command += [flag, starts[-1]]
         if mine and not any(map(finished, mine)):
-            commands.append(["python", args.script, "--resume", mine[-1].checkpoint])
+            commands.append(["python", args.script, "--resume", checkpoint(mine[-1])])
         elif not mine:
             commands.append(command + ["--freeze-features"] * (mode == "only-head") + shlex.split(args.args))
     if missing:
