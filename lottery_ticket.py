@@ -748,6 +748,8 @@ if __name__ == "__main__":
     settings |= {"target": target, "arm": arm, "classes": classes, "images": [*sizes.values()]}
     settings |= {f"source_{name}": source[name] for name in ("dataset", "seed") if source}
     built_for = source.get("built_for", args.image_size)
+    if args.arch == "mlp" and built_for != args.image_size:
+        fail(f"--image-size {args.image_size}: this ticket is a network for {built_for} pixels and nothing else")
     try:
         os.makedirs(run_dir, exist_ok=True)
         lock = open(os.path.join(run_dir, ".lock"), "w")
