@@ -539,15 +539,16 @@ def plot(args: Args) -> None:
         axes.set(xlabel="to", ylabel="from", title=f"{algorithm}: area ratio R (published), forward transfer FT")
         save(f"matrix {algorithm}.png", lambda path: figure.savefig(path, dpi=100, format="png"))
 
-    def draw_curves(title: str, arms: dict[str, tuple[list[Run], str, str]]) -> None:
-        """Mean and range of the seeds of {label: (runs, colour, style)}, a panel for each tag that there is."""
-        everyone = [run for group, _, _ in arms.values() for run in group]
+    def draw_curves(title: str, arms: dict[str, list[Run]]) -> None:
+        """Mean and range of the seeds of {label: runs}, a panel for each tag; equal arms look equal in all pictures."""
+        everyone = [run for group in arms.values() for run in group]
         tags = [tag for tag in (args.metric, *PANELS) if any(len(run.curves[tag]) > 1 for run in everyone)]
         size = (4 * len(tags) + 2.5, 3.6)
         figure, panels = pyplot.subplots(1, len(tags), figsize=size, squeeze=False, layout="constrained")
-        for (label, (group, colour, style)), (panel, tag) in product(arms.items(), zip(panels[0], tags)):
+        for (label, group), (panel, tag) in product(arms.items(), zip(panels[0], tags)):
             panel.set(xlabel="agent steps", ylabel=tag)
             panel.locator_params(axis="x", nbins=5)
+            style, colour = styles.get(group[0].mode, "-."), colours[label if label in colours else group[0].source]
             if known := [run for run in group if len(run.curves[tag]) > 1]:
                 grid, curves = on_grid(known, tag)
                 panel.plot(grid, curves.mean(axis=0), style, color=colour, label=f"{label}, n = {len(known)}")
@@ -557,6 +558,9 @@ def plot(args: Args) -> None:
         save(f"curves {title}.png", lambda path: figure.savefig(path, dpi=100, format="png"))
 
     runs = finished_runs(args.logdir, args.metric, others=tuple(DIAGNOSTICS))
+    styles, colours = {"scratch": "-", "fine-tuning": "-", "only-head": "--", "hybrid": ":"}, {"": "black"}
+    for names in ({run.algorithm for run in runs}, {run.source for run in runs} - {""}):
+        colours |= {name: f"C{i}" for i, name in enumerate(sorted(names))}
     os.makedirs(args.out, exist_ok=True)
     save("curves.csv", write_curves)
     for run in runs:
@@ -566,18 +570,12 @@ def plot(args: Args) -> None:
     cells = all_cells(runs, args)
     for algorithm in dict.fromkeys(cell["algorithm"] for cell in cells):
         draw_matrix(algorithm, [cell for cell in cells if cell["algorithm"] == algorithm])
-    figures = defaultdict(dict)  # {title: {label: (runs, colour, style)}}; equal arms look equal everywhere
-    algorithms, sources = sorted({run.algorithm for run in runs}), sorted({run.source for run in runs} - {""})
-    styles = {"scratch": "-", "fine-tuning": "-", "only-head": "--", "hybrid": ":"}
+    figures = defaultdict(lambda: defaultdict(list))  # {title: {label: runs}}
     for run in sorted(runs, key=lambda run: run.source):
-        arm, colour = f"{run.mode} from {run.source}", "black"
-        if run.source:
-            colour = f"C{sources.index(run.source)}"
-        else:
-            arm, look = "from scratch", ([], f"C{algorithms.index(run.algorithm)}", "-")
-            figures[f"{run.target} from scratch"].setdefault(run.algorithm, look)[0].append(run)
-        look = ([], colour, styles.get(run.mode, "-."))
-        figures[f"{run.algorithm} on {run.target}"].setdefault(arm, look)[0].append(run)
+        label = f"{run.mode} from {run.source}" if run.source else "from scratch"
+        figures[f"{run.algorithm} on {run.target}"][label].append(run)
+        if not run.source:
+            figures[f"{run.target} from scratch"][run.algorithm].append(run)
     for title, arms in figures.items():
         if len(arms) > 1:
             draw_curves(title, arms)
