@@ -358,8 +358,10 @@ def table(args: Args) -> None:
         fail(f"--logdir {args.logdir}: no run with --pretrained in it, there is nothing to compare")
     if args.format == "csv":
         return write(cells, "csv")
-    print(f"{args.metric}: mean over seeds [95 % interval], * where that excludes 0, each cell for itself; n seeds\n"
-          "(with transfer/from scratch where they differ).\n")  # fmt: skip
+    print(
+        f"{args.metric}: mean over seeds [95 % interval], * where that excludes 0, each cell for itself; n seeds (with"
+    )
+    print("transfer/from scratch where they differ). No interval: one seed, or what is divided by may be 0.\n")
     for algorithm in dict.fromkeys(cell["algorithm"] for cell in cells):
         mine = [cell for cell in cells if cell["algorithm"] == algorithm]
         targets, rows, others = sorted({cell["target"] for cell in mine}), {}, []

@@ -138,10 +138,10 @@ def test_intervals_hold(n, paired):
             ends = np.array([tm.relative_change((1 + true) * a, b, paired)[1:] for a, b in zip(new, old)])
             missed = np.mean((ends[:, 0] > true) | (ends[:, 1] < true))
             assert 0.002 < missed <= 0.08, (kind, true, missed)
-    found = np.array(
-        [tm.relative_change(1.5 * a, b, paired)[1] > 0 for a, b in zip(kinds["normal"](), kinds["normal"]())]
-    )
-    assert found.mean() > (0.5 if n == 3 else 0.95)  # an interval that always holds would find nothing
+    pairs = zip(kinds["normal"](), kinds["normal"]())
+    assert np.mean([tm.relative_change(1.5 * a, b, paired)[1] > 0 for a, b in pairs]) > (
+        0.5 if n == 3 else 0.95
+    )  # an interval that always holds would find nothing
 
 
 def test_the_interval_is_fieller_s():
@@ -296,9 +296,8 @@ def test_broken_runs_are_named_and_the_others_have_their_table(tmp_path):
     whole = write(tmp_path, GAME, [0, 50, 100], [1, 1, 1], seed=2)
     growing = write(tmp_path, GAME, [0, 50], [1, 1], seed=3, total_timesteps=100)
     nothing = write(tmp_path, GAME, [0, 50, 100], [1, 1, 1], seed=4, metric="charts/other")
-    seed, total = (
-        write(tmp_path, GAME, [0, 100], [1, 1], **flag) for flag in ({"seed": "x"}, {"total_timesteps": "y"})
-    )
+    seed = write(tmp_path, GAME, [0, 100], [1, 1], seed="x")
+    total = write(tmp_path, GAME, [0, 100], [1, 1], total_timesteps="y")
     (file,) = whole.glob("*tfevents*")
     garbled = bytearray(file.read_bytes())
     garbled[12:30] = b"\xff" * 18
@@ -312,11 +311,7 @@ def test_broken_runs_are_named_and_the_others_have_their_table(tmp_path):
     assert row["DDQN, n"] == "2"
     lines = dict(line.removeprefix("skipped ").split(": ", 1) for line in done.stderr.splitlines())
     lines = {os.path.basename(name).strip("'"): reason for name, reason in lines.items()}
-    assert (
-        len(lines) == 10
-        and lines["new\\nline"]
-        == "control characters in the folder's name or in its hyper-parameters, or a slash in exp_name"
-    )
+    assert len(lines) == 10 and lines["new\\nline"].startswith("control characters in the folder's name")
     for name in ("empty", "text", "huge"):
         assert lines[name] == "it has logged no hyper-parameters with env_id, seed and exp_name"
     assert lines["garbled"] and "'x'" in lines[seed.name] and "'y'" in lines[total.name]
