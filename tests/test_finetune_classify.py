@@ -107,6 +107,7 @@ def test_links_do_not_put_an_image_into_two_splits(folder, tmp_path, monkeypatch
         (tmp_path / kind).symlink_to(folder / kind)
     (tmp_path / "more").mkdir()
     (tmp_path / "more/up").symlink_to(tmp_path)
+    (tmp_path / "more/up again").symlink_to(tmp_path)  # two of these make 2^40 folders for a walk that follows them
     (tmp_path / "more/same.png").symlink_to(folder / "disc/00.png")
     assert len(fc.find_images(str(tmp_path))) == 80 and "links to what is there already" in capsys.readouterr().out
     scandir = os.scandir
@@ -530,7 +531,8 @@ def test_a_checkpoint_names_no_other_folder(folder, weights, tmp_path):
     state = torch.load(path)
     state["args"] |= {"exp_name": "../../escaped", "logdir": str(tmp_path / "elsewhere")}
     torch.save(state, path)
-    run(SCRIPT, "--resume", path, "--epochs", 2, cwd=tmp_path, check=False)
+    done = run(SCRIPT, "--resume", path, "--epochs", 2, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "becomes a file's name" in done.stderr
     assert {entry.name for entry in tmp_path.iterdir()} == {"runs"} and len(list((tmp_path / "runs").iterdir())) == 1
 
 
