@@ -420,14 +420,14 @@ def graphed(function: Callable) -> Callable:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=f"{ALGORITHM}: flags of the run, the game, the algorithm, evaluation, transfer.")
-    if not args.env_id.startswith("ALE/"):
-        args = tyro.cli(Args, default=Args(**SMALL_GAME))
+    defaults = {} if args.env_id.startswith("ALE/") else SMALL_GAME
+    args = tyro.cli(Args, default=Args(**defaults))
     checkpoint, resume = load_checkpoint(args.resume or args.evaluate), args.resume
     path, source = checkpoint.get("path"), {} if checkpoint else load_checkpoint(args.pretrained)
     if path:
         trusted = ("catch_env", args.env_id.split(":")[0])  # a checkpoint names no module to import
         saved = {name: value for name, value in checkpoint["args"].items() if name in vars(args)}
-        args = tyro.cli(Args, default=Args(**saved))  # flags on the command line win over the checkpoint's
+        args = tyro.cli(Args, default=Args(**defaults | saved))  # flags on the command line win over the checkpoint's
         changed = [name for name in saved if saved[name] != getattr(args, name) and name not in CHANGEABLE.split()]
         if ":" in args.env_id and args.env_id.split(":")[0] not in trusted:
             fail(f"{path} plays {args.env_id}, which imports a module: say --env-id {args.env_id} if you trust it")
@@ -564,18 +564,19 @@ if __name__ == "__main__":
             fail(f"cannot write {checkpoint_path}: {error}")
 
     # TRY NOT TO MODIFY: start the game
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
     obs, infos = envs.reset(seed=seed_for(0, global_step))
     playing, zeros, on_the_ale = np.ones(args.num_envs, bool), np.zeros(args.num_envs), isinstance(envs, AtariVectorEnv)
     rb.stage(zeros, zeros, zeros, obs, restarted=playing, playing=playing)
     returns, lengths, recent, lives = zeros.copy(), zeros.copy(), deque(maxlen=20), infos.get("lives", zeros)
     eval_envs, previous_step, duration = None, global_step, max(1, args.exploration_fraction * args.total_timesteps)
-    window_step, window_start, line_step, line_time = global_step, time.time(), global_step, time.time()
+    window_step, window_start, line_step, line_time = global_step, time.perf_counter(), global_step, time.perf_counter()
 
     def reached(every: int) -> bool:
         return every > 0 and global_step // every > previous_step // every
 
+    stops = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    for number in stops:
+        signal.signal(number, signal.default_int_handler)
     try:
         while global_step < args.total_timesteps:
             # TRY NOT TO MODIFY: epsilon-greedy actions, random ones before learning unless a head was transferred
@@ -621,7 +622,7 @@ if __name__ == "__main__":
                     writer.add_scalar("charts/episodic_length", lengths[i], global_step)
                     recent.append(returns[i])
                 returns[i] = lengths[i] = 0
-            now = time.time()
+            now = time.perf_counter()
             if now - line_time > 10:
                 sps = (global_step - line_step) / (now - line_time)
                 seconds = (args.total_timesteps - global_step) / sps if sps else 0
@@ -653,8 +654,10 @@ if __name__ == "__main__":
                       f"{result['episodic_return_std']:.2f} (n = {args.eval_episodes})", flush=True)  # fmt: skip
             if reached(args.checkpoint_frequency) or finished:
                 save()
-            window_start += time.time() - now  # SPS leaves evaluations out
+            window_start += time.perf_counter() - now  # SPS leaves evaluations out
     except (KeyboardInterrupt, BrokenPipeError):
+        for number in stops:  # often come in pairs, to the process and to its group
+            signal.signal(number, signal.SIG_IGN)
         save()
         sys.stdout = sys.stderr
         print(f"stopped at step {global_step:,}; python {os.path.basename(__file__)} --resume {run_dir} goes on")

@@ -243,7 +243,10 @@ def test_architectures(architecture, narrow):
     v_network(frames).sum().backward()  # V's loss trains the layers that it uses, and none else
     assert sum(p.grad is not None for p in q_network.parameters()) == shared
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in v_network.parameters())
-    assert [tuple(v_network.get_parameter(name).shape) for name in dqv.head_names(v_network)] == [(1, 512 // narrow), (1,)]
+    assert [tuple(v_network.get_parameter(name).shape) for name in dqv.head_names(v_network)] == [
+        (1, 512 // narrow),
+        (1,),
+    ]
 
 
 @pytest.mark.parametrize("architecture", [name for name in SHARED_LAYERS if name != "separate"])
