@@ -647,7 +647,10 @@ def test_a_process_group_killed_in_the_middle_of_a_round(number, source, folder,
     os.killpg(process.pid, number)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == (-9 if number == signal.SIGKILL else 130) and "Traceback" not in out, out
-    (only_run(tmp_path / "runs") / "round_01.pt.1234.tmp").write_bytes(b"half")
+    run_dir = only_run(tmp_path / "runs")
+    (run_dir / "round_01.pt.1234.tmp").write_bytes(b"half")
+    with lt.SummaryWriter(run_dir, filename_suffix=".round_01") as writer:  # a point that came after the checkpoint
+        writer.add_scalar("round_01/val_loss", 9.0, 2)
     run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *SHORT, cwd=tmp_path)
     assert_like(only_run(tmp_path / "runs"), source)
 
