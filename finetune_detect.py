@@ -152,7 +152,9 @@ def write_file(path: str, write: Callable[[BinaryIO], None]) -> None:
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch has its own error for a full disk
+    except (OSError, RuntimeError) as error:  # torch has its own error for a full disk, and for Ctrl-C as it saves
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
         fail(f"{path} cannot be written: {str(error).splitlines()[0]}")
     finally:
         with contextlib.suppress(OSError):
@@ -1354,12 +1356,14 @@ if __name__ == "__main__":
             write_rows(per_class, rows)
             say(f"test: {describe(metrics)} (the best of {epoch} epochs)")
         say(f"saved {best_path}; {len(data.unreadable):,} images could not be read and were left out")
-    except (KeyboardInterrupt, BrokenPipeError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        del loader  # and with it its workers
+    except BaseException as error:
+        end_workers()
+        lost_worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+        if not isinstance(error, (KeyboardInterrupt, BrokenPipeError)) and not lost_worker:
             raise
         file = os.path.basename(__file__)
         print(f"\nstopped; python {file} --resume {run_dir} goes on after the last finished epoch", file=sys.stderr)
         sys.exit(130)
     finally:
-        end_workers()
         writer.close()
