@@ -788,7 +788,7 @@ def make_body(name: str) -> tuple[nn.Module, dict[str, str], list[int]]:
     children = list(net.named_children())
     if hasattr(net, "layer4"):
         children = children[: [child_name for child_name, _ in children].index("layer4") + 1]
-    with torch.no_grad(), contextlib.suppress(RuntimeError, NotImplementedError, TypeError):
+    with torch.no_grad(), contextlib.suppress(RuntimeError, TypeError, AssertionError):
         for child_name, child in children:
             x = child(x)
             last[64 // x.shape[-1]] = child_name, x.shape[1]

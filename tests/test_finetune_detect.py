@@ -754,7 +754,7 @@ def test_a_checkpoint_writes_nothing_outside_of_its_folder(trained, tmp_path):
 @pytest.mark.parametrize(
     "words, says",
     [
-        ("", "--data-dir: the folder of the images is needed"),
+        ("", "--data-dir: the images' folder is needed"),
         ("--data-dir nowhere", "--data-dir nowhere: there is no such folder"),
         ("--data-dir {images}", "--annotations: a file or folder with the boxes is needed"),
         ("{data} no.json", "no.json: no annotations in a known format (FileNotFoundError"),
