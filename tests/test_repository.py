@@ -10,10 +10,11 @@ from conftest import ROOT
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("results/**/*.md"))]
 
 
 def names(lines):
-    return {re.match(r"[A-Za-z0-9_.-]+", line).group().lower() for line in lines if line.strip()}
+    return {re.match(r"[A-Za-z0-9_.-]+", line).group().lower() for line in lines if line.strip() and line[0] != "#"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -25,11 +26,11 @@ def test_scripts_stand_alone(script):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
             imported |= {module.split(".")[0] for module in modules}
     assert not imported & set(SCRIPTS), "a script imports another"
-    # PEP 723: what it imports is what its header declares, and what requirements.txt installs (pillow by torchvision)
+    # PEP 723: what it imports is what its header declares, and what requirements.txt installs
     block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", source).group(1)
     header = "".join(line.removeprefix("#").strip() for line in block.splitlines())
     declared = names(re.findall(r'"([A-Za-z][^"]*)"', header.split("dependencies")[1]))
-    installed = names((ROOT / "requirements.txt").read_text().splitlines()) | {"pillow"}
+    installed = names((ROOT / "requirements.txt").read_text().splitlines())
     assert declared <= installed
     packages = {"PIL": "pillow", "ale_py": "ale-py"}
     third_party = {
@@ -51,8 +52,7 @@ def test_scripts_stand_alone(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_explained(script):
     tree = ast.parse((ROOT / f"{script}.py").read_text())
-    commands = {"Args", "Plan", "Table", "Scores", "Plot"}
-    bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name in commands]
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == "Args"]
     assert bodies
     lines = (ROOT / f"{script}.py").read_text().splitlines()
     for body in bodies:  # in an end-of-line comment or in a string below
@@ -117,23 +117,26 @@ def test_the_drift_test_names_the_block_that_drifted(monkeypatch, tmp_path):
         test_the_atari_scripts_differ_in_the_algorithm_only("dqv_atari")
 
 
-def test_the_readme_names_only_flags_that_exist():
+def test_readme_and_pages_name_only_flags_that_exist():
     known = {"--help", "--flags", "--peer", "--updates", "--rounds", "--processes", "--steps"}  # of benchmark_rl.py
-    known |= {"--array", "--gres", "--wrap", "--images", "--source-size", "--archs"}  # of Slurm, the other benchmarks
+    known |= {"--images", "--source-size", "--archs", "--workers"}  # of the other benchmarks
+    known |= {"--array", "--gres", "--wrap", "--line-length", "--index-url"}  # of Slurm, ruff, pip
     for script in SCRIPTS:
-        module = importlib.import_module(script)
-        for name in [name for name in ("Args", "Plan", "Table", "Scores", "Plot") if hasattr(module, name)]:
-            flags = [field.name.replace("_", "-") for field in fields(getattr(module, name))]
-            known |= {f"--{flag}" for flag in flags} | {f"--no-{flag}" for flag in flags}
-    text = README.replace("--save-model", "")  # CleanRL's
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known == set()
+        flags = [field.name.replace("_", "-") for field in fields(importlib.import_module(script).Args)]
+        known |= {f"--{flag}" for flag in flags} | {f"--no-{flag}" for flag in flags}
+    for page in PAGES:
+        text = page.read_text().replace("--save-model", "")  # CleanRL's
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known == set(), page
 
 
-def test_the_readme_describes_every_script_and_file():
-    for script in SCRIPTS:
-        assert f"`{script}.py`" in README
-    for path in re.findall(r"(?:\]\(|`)(results/[\w./-]+)", README):
-        assert (ROOT / path).exists(), path
+def test_readme_and_pages_describe_every_script_and_link_to_what_is_there():
+    assert len(README.splitlines()) <= 220 and all(f"`{script}.py`" in README for script in SCRIPTS)
+    for page in PAGES:
+        text = page.read_text()
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (page.parent / link).exists(), (page, link)
+        for path in re.findall(r"`(results/[\w./-]+)", text):
+            assert (ROOT / path).exists(), (page, path)
 
 
 def test_ci_runs_the_readme_s_test_command():
