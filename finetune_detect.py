@@ -364,7 +364,7 @@ def read_all(args: Args) -> tuple[str, list[Picture], list[str]]:
             files[split] = path if os.path.isfile(path) else files[split]
         if not files["train"]:
             fail(
-                "--annotations: a file or folder with the boxes is needed, or train/_annotations.coco.json in --data-dir"
+                "--annotations: a file or folder with boxes is needed, or train/_annotations.coco.json in --data-dir"
             )
     found |= {split: read_annotations(path, args) for split, path in files.items() if path}
     if "test" in found and "val" not in found:
@@ -659,7 +659,7 @@ class YOLOv3(nn.Module):
         self.register_buffer("anchor_of", torch.arange(9).repeat_interleave(counts), persistent=False)
 
     def forward(self, images: list[torch.Tensor], targets: list[dict] | None = None) -> dict | list[dict]:
-        """Images float `(3, H, W)` in [0, 1] -> the losses in training, else `boxes` (xyxy), `labels`, `scores` of each."""
+        """Images float `(3, H, W)` in [0, 1] -> the losses, or `boxes`, `labels`, `scores` of each."""
         squares, scales, shifts = zip(*(letterbox(image, self.size) for image in images))
         raw = self.predict(torch.stack(squares))
         if not self.training:

@@ -756,7 +756,7 @@ def test_a_checkpoint_writes_nothing_outside_of_its_folder(trained, tmp_path):
     [
         ("", "--data-dir: the images' folder is needed"),
         ("--data-dir nowhere", "--data-dir nowhere: there is no such folder"),
-        ("--data-dir {images}", "--annotations: a file or folder with the boxes is needed"),
+        ("--data-dir {images}", "--annotations: a file or folder with boxes is needed"),
         ("{data} no.json", "no.json: no annotations in a known format (FileNotFoundError"),
         ("{data} empty.json", "empty.json: no annotations in a known format"),
         ("{data} {train} --arch yolov5", "--arch yolov5: there are fasterrcnn, fastrcnn"),
