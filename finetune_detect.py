@@ -153,7 +153,7 @@ def write_file(path: str, write: Callable[[BinaryIO], None]) -> None:
             write(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch has its own error for a full disk
-        if isinstance(error.__context__, KeyboardInterrupt) or "DataLoader worker" in str(error):
+        if isinstance(error.__context__, KeyboardInterrupt) or "DataLoader worker" in f"{error} {error.__context__}":
             raise KeyboardInterrupt from error  # a signal, or a worker's end, has come while it was written
         fail(f"{path} cannot be written: {str(error).splitlines()[0]}")
     finally:
