@@ -145,10 +145,7 @@ def game(env_id: str) -> str:
 
 
 def read_run(folder: str, tags: list[str]) -> Run:
-    """The run in `folder` with its curves of `tags`; only records in which a tag stands are decoded.
-
-    Raises an error that says why there is none.
-    """
+    """The run in `folder` with its curves of `tags`, or an error that says why there is none."""
     flags, points = {}, {tag: [] for tag in tags}
     resumed = Event(session_log=SessionLog(status=SessionLog.START)).SerializeToString()
     names = [bytes([len(tag)]) + tag.encode() for tag in [*tags, FLAGS_TAG]]
@@ -157,7 +154,7 @@ def read_run(folder: str, tags: list[str]) -> Run:
         with open(os.path.join(folder, name), "rb") as file:
             buffer = file.read()
         start = 12
-        while start <= len(buffer):  # a record: length (8 bytes), CRC (4), event, CRC (4)
+        while start <= len(buffer):  # a record: length (8 bytes), CRC (4), event (decoded if a tag is in it), CRC (4)
             end = start + struct.unpack_from("<Q", buffer, start - 12)[0]
             if end + 4 > len(buffer):
                 break  # cut off, or still being written
@@ -319,7 +316,7 @@ def shown(cell: dict, measure: str, interval: bool = True) -> str:
 
 # Printing ------------------------------------------------------------------------------------------------------------
 def write(rows: list[dict], format: str, file: IO | None = None) -> None:
-    """To `file`, else to stdout; the columns are all keys of the rows, in their order."""
+    """All rows under the union of their keys, to `file`, else to stdout."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [names, *([str(row.get(name, "")) for name in names] for row in rows)]
     if format == "csv":
@@ -467,9 +464,8 @@ def draw_matrix(cells: list[dict]) -> Figure:
     figure.colorbar(axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto"), extend="both", label="R")
     axes.set_xticks(range(len(targets)), targets)
     axes.set_yticks(range(len(rows)), rows)
-    axes.set(
-        title=f"{cells[0]['algorithm']}: area ratio R (published), forward transfer FT", xlabel="to", ylabel="from"
-    )
+    axes.set(xlabel="to", ylabel="from")
+    axes.set_title(f"{cells[0]['algorithm']}: area ratio R (published), forward transfer FT")
     return figure
 
 
