@@ -4,11 +4,11 @@ import csv
 import io
 import os
 import shlex
-import shutil
 import struct
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -87,43 +87,41 @@ def test_the_author_s_curves_give_the_published_tables(tmp_path):
     found = cells(tmp_path)
     assert len(found) == 12 + 4 and {cell["algorithm"] for cell in found.values()} == {"DQN"}
     for (mode, source, target), cell in found.items():
-        assert cell["published"] == tm.PUBLISHED["DQN", mode, source, target]
+        row = f"{'itself' if source == target else source}, {mode}".removesuffix(", fine-tuning")
+        assert cell["published"] == tm.PUBLISHED["DQN", row, target]
         # the published figure of Catch-v1, only-head, is 0.0012 off the curve it was taken from
         tolerance = 0.0015 if (mode, target) == ("only-head", "Catch-v1") else 0.001
         assert cell["R"] == pytest.approx(cell["published"], abs=tolerance), (mode, source, target)
     shown = table(tmp_path)
-    assert "| Catch-v3, fine-tuning | -0.406 n=1 (published -0.406) | -0.465 n=1 (published -0.465) |" in shown
-    assert "| itself, only-head | +0.050 n=1 (published +0.050) |" in shown
-    assert shown.count(" negative in 12 of 12 cells") == 2
+    assert "| Catch-v3, fine-tuning | -0.406 (published -0.406) | -0.465 (published -0.465) |" in shown
+    assert "| itself, only-head | +0.050 (published +0.050) |" in shown
 
 
 def test_the_published_tables_are_those_of_the_slides():
-    for algorithm, negative in (("DQV", 62), ("DDQN", 54)):  # 69 % and 60 % of 90 cells
+    for algorithm, negative, median in (("DQV", 62, -0.127), ("DDQN", 54, -0.017)):  # 69 % and 60 % of 90 cells
         ratios = [ratio for (name, *_), ratio in tm.PUBLISHED.items() if name == algorithm]
         assert len(ratios) == 90 and sum(ratio < 0 for ratio in ratios) == negative
-    assert np.median([r for (a, *_), r in tm.PUBLISHED.items() if a == "DQV"]) == pytest.approx(-0.127, abs=0.001)
-    assert np.median([r for (a, *_), r in tm.PUBLISHED.items() if a == "DDQN"]) == pytest.approx(-0.017, abs=0.001)
+        assert np.median(ratios) == pytest.approx(median, abs=0.001)
     assert len(tm.SCORES) == 15 and all(len(scores) == 6 for scores in tm.SCORES.values())
 
 
 def test_the_catch_study_s_tables_follow_from_its_curves(tmp_path):
-    """What results/catch and README show is what the CSV of all runs says."""
+    """What the page of results/catch shows is what the CSV of all runs says."""
     results = ROOT / "results/catch"
     command = [sys.executable, results / "restore.py", results / "curves.csv", tmp_path / "runs"]
     subprocess.run(command, check=True, capture_output=True)
     assert table(tmp_path / "runs") == (results / "table.md").read_text()
-    readme = (ROOT / "README.md").read_text().split("**Transfer between Catch games**")[1].split("\n**")[0]
+    page = (results / "README.md").read_text().split("**Transfer between Catch games**")[1].split("\n**")[0]
     found = [tm.shown(cell, "R", interval=False) for cell in rows_of(tmp_path / "runs") if not np.isnan(cell["R"])]
     assert len(found) == 3 * 24
-    assert [text for text in found if f"{text} " not in readme] == []
+    assert [text for text in found if f"{text} " not in page] == []
 
 
 # --------------------------------------------------------------------------------------------------- intervals that hold
 
 
-@pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize("n", [3, 5, 10])
-def test_intervals_hold(n, paired):
+def test_intervals_hold(n):
     """At most 8 % of cells in which nothing happens get a star, and true ratios of 1.5 are missed as rarely."""
     rng, draws = np.random.default_rng(0), 800
     kinds = {
@@ -131,27 +129,26 @@ def test_intervals_hold(n, paired):
         "lognormal": lambda: np.exp(0.3 * rng.normal(size=(draws, n))),
         "one in seven fails": lambda: np.where(rng.random((draws, n)) < 1 / 7, 0.3, 1 + 0.05 * rng.normal(size=(draws, n))),
     }  # fmt: skip
-    for kind, draw in kinds.items():
+    for (kind, draw), paired in product(kinds.items(), (True, False)):
         level = 1 + 0.3 * rng.random((draws, n)) if paired else 1  # what two runs of a seed have in common
         old, new = level * draw(), level * draw()
         for true in (0.0, 0.5):
-            ends = np.array([tm.relative_change((1 + true) * a, b, paired)[1:] for a, b in zip(new, old)])
+            ends = np.array([tm.relative_change((1 + true) * a, b)[1:] for a, b in zip(new, old)])
             missed = np.mean((ends[:, 0] > true) | (ends[:, 1] < true))
-            assert 0.002 < missed <= 0.08, (kind, true, missed)
+            assert 0.002 < missed <= 0.08, (kind, paired, true, missed)
     pairs = zip(kinds["normal"](), kinds["normal"]())
-    assert np.mean([tm.relative_change(1.5 * a, b, paired)[1] > 0 for a, b in pairs]) > (
-        0.5 if n == 3 else 0.95
-    )  # an interval that always holds would find nothing
+    power = np.mean([tm.relative_change(1.5 * a, b)[1] > 0 for a, b in pairs])
+    assert power > (0.5 if n == 3 else 0.95)  # an interval that always holds would find nothing
 
 
 def test_the_interval_is_fieller_s():
     new, old = np.array([2.0, 3.0, 4.5]), np.array([1.0, 1.5, 2.0])
-    ratio, low, high = tm.relative_change(new, old, paired=True)
+    ratio, low, high = tm.relative_change(new, old)
     assert ratio == pytest.approx(9.5 / 4.5 - 1)
     for end in (low, high):  # the t-test of the pairs is at its 5 % point there
         differences = new - (1 + end) * old
         assert abs(differences.mean()) / (differences.std(ddof=1) / 3**0.5) == pytest.approx(4.303)
-    assert np.isnan(tm.relative_change(new, np.array([-1.0, 2.0, 1.0]), paired=True)[1])  # old may be 0
+    assert np.isnan(tm.relative_change(new, np.array([-1.0, 2.0, 1.0]))[1])  # old may be 0
 
 
 def test_pairs_of_seeds_belong_together(tmp_path):
@@ -160,11 +157,14 @@ def test_pairs_of_seeds_belong_together(tmp_path):
         write(tmp_path, GAME, [0, 100], [1.5 * level] * 2, seed=seed, **pretrained(OTHER))
     cell = cells(tmp_path)[PAIR]
     assert [cell[k] for k in ("R", "R_low", "R_high")] == pytest.approx([0.5, 0.5, 0.5], abs=1e-6)
-    assert cell["n_transfer"] == cell["n_scratch"] == 3
-    assert "+0.500* [+0.50, +0.50] n=3" in table(tmp_path)
-    write(tmp_path, GAME, [0, 100], [0.3] * 2, seed=7)  # now seeds do not pair
-    cell = cells(tmp_path)[PAIR]
-    assert cell["R_low"] < 0.5 < cell["R_high"] and (cell["n_transfer"], cell["n_scratch"]) == (3, 4)
+    assert cell["n"] == 3 and "+0.500* [+0.50, +0.50]" in table(tmp_path)
+    write(tmp_path, GAME, [0, 100], [0.3] * 2, seed=7)  # a seed that has no partner changes nothing
+    again = cells(tmp_path)[PAIR]
+    assert [again[k] for k in ("n", "R", "R_low", "R_high")] == [cell[k] for k in ("n", "R", "R_low", "R_high")]
+    write(tmp_path, OTHER, [0, 100], [0.3] * 2, seed=7)
+    write(tmp_path, OTHER, [0, 100], [0.3] * 2, seed=8, **pretrained(GAME))
+    alone = cells(tmp_path)["fine-tuning", "Catch-v0", "Catch-v3"]
+    assert alone["n"] == 0 and alone["note"] == "no run from scratch on Catch-v3 with the same flags and seed"
 
 
 # ------------------------------------------------------------------------------------------------------ analytic curves
@@ -178,11 +178,7 @@ def test_constants_and_ramps(tmp_path):
     assert cell["R"] == pytest.approx(0.5) and np.isnan(cell["R_low"])  # one seed has no interval
     assert cell["FT"] == pytest.approx(0.2 / (0.973 - 0.4))  # of what can be gained, by the ceiling of the game
     assert cell["jumpstart"] == pytest.approx(0.6) and cell["asymptotic"] == pytest.approx(0.6 - 0.76)
-    assert cell["threshold"] == pytest.approx(0.9 * 0.76) and np.isnan(cell["time_to_threshold"])
-    assert cell["time_to_threshold_scratch"] == 9_000
     assert (cell["mean_transfer"], cell["mean_scratch"]) == pytest.approx((0.6, 0.4))
-    half = cells(tmp_path, "--threshold", 0.5)[PAIR]
-    assert (half["time_to_threshold"], half["time_to_threshold_scratch"]) == (0, 5_000)
 
 
 def test_forward_transfer_is_that_of_scaled_curves(tmp_path):
@@ -192,20 +188,14 @@ def test_forward_transfer_is_that_of_scaled_curves(tmp_path):
         write(tmp_path, "ALE/Pong-v5", [0, 100], [scratch[seed]] * 2, seed=seed)
         write(tmp_path, "ALE/Pong-v5", [0, 100], [transfer[seed]] * 2, seed=seed, **pretrained("ALE/Boxing-v5"))
     cell = cells(tmp_path)["fine-tuning", "Boxing", "Pong"]
-    assert (
-        np.isnan(cell["R"]) and cell["note"] == "R is undefined, scratch has -16.67 on average beside -5 with transfer"
-    )
+    note = "R is undefined, scratch has -16.67 on average beside -5 with transfer"
+    assert np.isnan(cell["R"]) and cell["note"] == note
     before, after = ((curve.mean() + 20.7) / (9.3 + 20.7) for curve in (scratch, transfer))
-    assert (
-        cell["FT"] == pytest.approx((after - before) / (1 - before))
-        and 0 < cell["FT_low"] < cell["FT"] < cell["FT_high"]
-    )
+    assert cell["FT"] == pytest.approx((after - before) / (1 - before))
+    assert 0 < cell["FT_low"] < cell["FT"] < cell["FT_high"]
     shown = table(tmp_path)
-    assert (
-        "| Boxing, fine-tuning | n/a n=3 (published +0.936) |" in shown
-        and f"| Boxing, fine-tuning | Pong | +{cell['FT']:.3f}* [" in shown
-    )
-    assert "DDQN, Boxing, fine-tuning, to Pong: R is undefined" in shown
+    assert "| Boxing, fine-tuning | n/a (published +0.936) |" in shown
+    assert f"| Boxing, fine-tuning | Pong | 3 | +{cell['FT']:.3f}* [" in shown and f"| {note} |" in shown
 
 
 def test_next_to_nothing_is_no_baseline(tmp_path):
@@ -214,9 +204,7 @@ def test_next_to_nothing_is_no_baseline(tmp_path):
     write(tmp_path, OTHER, [0, 100], [0.0, 0.021])
     write(tmp_path, OTHER, [0, 100], [1, 1], **pretrained("catch_env:Catch-v2"))
     below, above = (cells(tmp_path)["fine-tuning", "Catch-v2", target] for target in ("Catch-v0", "Catch-v3"))
-    assert (
-        np.isnan(below["R"]) and below["note"] == "R is undefined, scratch has 0.0095 on average beside 1 with transfer"
-    )
+    assert np.isnan(below["R"]) and below["note"].startswith("R is undefined, scratch has 0.0095 on average beside 1")
     assert above["R"] == pytest.approx(1 / 0.0105 - 1) and not above["note"]
 
 
@@ -224,18 +212,7 @@ def test_other_grids_are_compared_over_the_common_range(tmp_path):
     write(tmp_path, GAME, [0, 10_000], [0, 1])
     write(tmp_path, GAME, [2_000, 5_003, 10_000], [0.6, 0.6, 0.6], **pretrained(OTHER))
     cell = cells(tmp_path)[PAIR]
-    assert (cell["first_step"], cell["last_step"]) == (2_000, 10_000)
     assert cell["mean_scratch"] == pytest.approx(0.6) and cell["R"] == pytest.approx(0, abs=1e-6)
-
-
-def test_missing_cells(tmp_path):
-    write(tmp_path, GAME, [0, 100], [1, 1])
-    write(tmp_path, GAME, [0, 100], [1, 1], **pretrained(OTHER))
-    write(tmp_path, OTHER, [0, 100], [1, 1], **pretrained(GAME))
-    write(tmp_path, GAME, [0, 100], [1, 1], **pretrained("catch_env:Catch-v2"))
-    found = cells(tmp_path)
-    assert found["fine-tuning", "Catch-v0", "Catch-v3"]["note"] == "no run from scratch on Catch-v3 with the same flags"
-    assert "| Catch-v2, fine-tuning | +0.000 n=1 | – |" in table(tmp_path)
 
 
 def test_runs_with_flags_that_matter_are_other_experiments(tmp_path):
@@ -250,8 +227,10 @@ def test_runs_with_flags_that_matter_are_other_experiments(tmp_path):
     write(tmp_path, OTHER, [0, 100], [0.6, 0.6], learning_rate=0.2, **pretrained(GAME))
     write(tmp_path, OTHER, [0, 100], [0.7, 0.7], learning_rate=0.3, **pretrained(GAME))
     shown = table(tmp_path)
-    assert "### DDQN, learning_rate 0.2: area" in shown and "| Catch-v0, fine-tuning | +0.200 n=1 |" in shown
-    assert "DDQN, learning_rate 0.3, Catch-v0, fine-tuning, to Catch-v3: no run from scratch on Catch-v3 with" in shown
+    assert "### DDQN, learning_rate 0.2: area" in shown and "| Catch-v0, fine-tuning | +0.200 |" in shown
+    assert (
+        "### DDQN, learning_rate 0.3: area" in shown and "no run from scratch on Catch-v3 with the same flags" in shown
+    )
 
 
 def test_algorithms_and_modes_come_from_the_hyper_parameters(tmp_path):
@@ -278,7 +257,7 @@ def test_reading_equals_tensorboard_s_own_reader(tmp_path):
     mine = tm.read_run(folder, ["charts/episodic_return", METRIC])
     theirs = scalars(folder)["charts/episodic_return"]
     assert list(map(tuple, mine.curves["charts/episodic_return"])) == sorted(theirs)
-    assert mine.curves[METRIC].shape == (0, 2) and mine.last_step == steps.max() and mine.flags["env_id"] == GAME
+    assert mine.curves[METRIC].shape == (0, 2) and mine.flags["env_id"] == GAME
 
 
 def test_a_resumed_run_replaces_what_it_purges(tmp_path):
@@ -300,8 +279,9 @@ def test_broken_runs_are_named_and_the_others_have_their_table(tmp_path):
     total = write(tmp_path, GAME, [0, 100], [1, 1], total_timesteps="y")
     (file,) = whole.glob("*tfevents*")
     garbled = bytearray(file.read_bytes())
-    garbled[12:30] = b"\xff" * 18
-    names = {"empty": b"", "text": b"no event file at all, but long enough", "cut": file.read_bytes()[:-130],
+    begin = garbled.index(bytes([len(METRIC)]) + METRIC.encode())  # of the tag
+    garbled[begin - 6 : begin] = b"\xff" * 6
+    names = {"empty": b"", "text": b"no event file at all, but long enough", "cut": file.read_bytes()[:-100],
              "huge": struct.pack("<Q", 1 << 60) + b"x" * 17, "garbled": bytes(garbled), "new\nline": file.read_bytes()}  # fmt: skip
     for name, content in names.items():
         (tmp_path / name).mkdir()
@@ -316,25 +296,13 @@ def test_broken_runs_are_named_and_the_others_have_their_table(tmp_path):
         assert lines[name] == "it has logged no hyper-parameters with env_id, seed and exp_name"
     assert lines["garbled"] and "'x'" in lines[seed.name] and "'y'" in lines[total.name]
     assert lines["cut"] == lines[growing.name] == "incomplete, 50 of 100 steps"
-    assert lines[nothing.name] == f"it has 0 points of {METRIC}, at least 1 are needed"
-
-
-def test_speed_of_reading(tmp_path):
-    """300 runs of 10,000 points in 15 seconds are 0.05 s a run; a machine that is three times as slow passes here."""
-    folder = write(tmp_path, GAME, np.arange(10_000) * 250, np.arange(10_000))
-    times = []
-    for _ in range(3):
-        begun = time.process_time()
-        assert len(tm.read_run(folder, [METRIC]).curves[METRIC]) == 10_000
-        times.append(time.process_time() - begun)
-    assert min(times) < 0.15
+    assert lines[nothing.name] == f"it has 0 points of {METRIC}, at least 2 are needed"
 
 
 @pytest.mark.parametrize("command", ["table", "scores", "plot"])
 def test_bad_folders_get_one_line(command, tmp_path):
-    for logdir, says in ((tmp_path, "no complete run"), (tmp_path / "none", "there is no such folder")):
-        done = run("transfer_matrix.py", command, "--logdir", logdir, cwd=tmp_path, check=False)
-        assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1
+    done = run("transfer_matrix.py", command, "--logdir", tmp_path / "none", cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "no complete run" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_scores(tmp_path):
@@ -366,63 +334,29 @@ def made(logdir, *args, **flags):
     return folder
 
 
-def test_plans_of_a_whole_study(tmp_path):
-    """Every stage prints what it should, needs the stage before it, and leaves out what is complete."""
-    extra = ["--args", "--total-timesteps 100"]
+def test_a_plan_needs_the_stage_before_leaves_out_what_is_complete_and_resumes_the_rest(tmp_path):
+    runs, dqv = tmp_path / "runs", {"exp_name": "dqv_atari", "total_timesteps": 100}
 
     def commands(stage):
-        return [shlex.split(line) for line in planned(tmp_path, stage, *extra).stdout.splitlines()]
+        return planned(tmp_path, stage, "--args=--total-timesteps 100").stdout.splitlines()
 
-    def make(command):
-        """What the run of a command leaves behind."""
-        words = [word for word in command if word != "--freeze-features"]
-        given = dict(zip(words[2::2], words[3::2]))
-        flags = {"exp_name": "dqv_atari", "seed": given["--seed"], "freeze_features": "--freeze-features" in command}
-        if "--pretrained" in given:
-            source = tm.read_run(Path(tmp_path, given["--pretrained"]).parent, [METRIC])
-            flags |= {"pretrained": given["--pretrained"], "pretrained_env_id": source.flags["env_id"]}
-            flags |= {"pretrained_head": given["--pretrained-head"]} if "--pretrained-head" in given else {}
-        made(tmp_path / "runs", given["--env-id"], [0, 100], [1, 1], **flags)
-
-    (tmp_path / "runs").mkdir()
-    done = planned(tmp_path, "transfer", *extra, check=False)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "lacks 4 complete runs: Catch-v3, scratch, seed 1; " in done.stderr
+    refused = planned(tmp_path, "transfer", check=False)
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert "lacks complete runs: Catch-v3, scratch, seed 1; " in refused.stderr
     first = commands("source")
-    assert first[0] == shlex.split(f"python dqv_atari.py --env-id {GAME} --seed 1 --logdir runs --total-timesteps 100")
+    assert first[0] == f"python dqv_atari.py --env-id {GAME} --seed 1 --logdir runs --total-timesteps 100"
     assert len(first) == 4
-    make(first[0])
+    sources = {f"{GAME} 1": made(runs, GAME, [0, 100], [1, 1], **dqv)}
     assert commands("source") == first[1:]
-    folder = made(tmp_path / "runs", OTHER, [0, 50], [1, 1], exp_name="dqv_atari", total_timesteps=100)  # half a run
-    assert [command[2] for command in commands("source")] == ["--env-id", "--resume", "--env-id"]
-    assert commands("source")[1][3] == f"runs/{folder.name}/dqv_atari.pt"
-    shutil.rmtree(folder)
-    for command in commands("source"):
-        make(command)
+    half = made(runs, OTHER, [0, 50], [1, 1], **dqv)
+    resume = f"python dqv_atari.py --resume runs/{half.name}/dqv_atari.pt"
+    assert commands("source") == [first[1], resume, first[3]]
+    for env_id, seed in ((GAME, 2), (OTHER, 1), (OTHER, 2)):
+        sources[f"{env_id} {seed}"] = made(runs, env_id, [0, 100], [1, 1], seed=seed, **dqv)
     assert commands("source") == []
-    transfer = commands("transfer")
-    assert len(transfer) == 4 and all("--pretrained" in command for command in transfer)
-    for command in transfer:
-        source = tm.read_run(Path(tmp_path, command[command.index("--pretrained") + 1]).parent, [METRIC])
-        assert source.mode == "scratch" and source.flags["env_id"] not in command and str(source.seed) in command
-        make(command)
-    assert commands("transfer") == []
-    assert "--stage hybrid" in planned(tmp_path, "hybrid", *extra, check=False).stderr
-    own = commands("self-transfer")
-    assert len(own) == 8 and sum("--freeze-features" in command for command in own) == 4
-    for command in own:
-        make(command)
-    assert commands("self-transfer") == []
-    hybrid = commands("hybrid")
-    assert len(hybrid) == 4
-    for command in hybrid:
-        modes = [tm.read_run(Path(tmp_path, command[command.index(flag) + 1]).parent, [METRIC]).mode
-                 for flag in ("--pretrained", "--pretrained-head")]  # fmt: skip
-        assert modes == ["fine-tuning", "only-head"]
-        make(command)
-    assert commands("hybrid") == []
-    found = cells(tmp_path / "runs")
-    assert len(found) == 2 + 4 + 2 and all(cell["R"] == 0 and cell["n_transfer"] == 2 for cell in found.values())
+    lines = [f"--seed {seed} --logdir runs --pretrained runs/{sources[f'{source} {seed}'].name}/dqv_atari.pt"
+             for source in (OTHER, GAME) for seed in (1, 2)]  # fmt: skip
+    assert len(commands("transfer")) == 4 and all(map(str.__contains__, commands("transfer"), lines))
 
 
 def test_a_plan_tells_other_flags_apart(tmp_path):
@@ -433,14 +367,13 @@ def test_a_plan_tells_other_flags_apart(tmp_path):
         return len(planned(tmp_path, "source", *flags, script=script, games=[GAME], seeds=[1]).stdout.splitlines())
 
     assert count() == 1  # Double DQN is not there
-    assert count("--args", "--no-double") == 0
-    assert count("--args", "--no-double --learning-rate=0.001 --total-timesteps 1e2") == 0
-    assert count("--args", "--no-double --learning-rate 0.002") == 1
-    assert count("--args", "--no-double --exp-name other") == 1
-    assert count(script="dqv_atari.py") == 1 and count("--args", "--architecture hard", script="dqv_atari.py") == 0
-    for flags, says in ((["--args", "--seed 3"], "--args: the plan sets --seed itself"), (["--targets", OTHER], OTHER)):
-        refused = planned(tmp_path, "source", *flags, games=[GAME], check=False)
-        assert refused.returncode == 1 and says in refused.stderr
+    assert count("--args=--no-double") == 0
+    assert count("--args=--no-double --learning-rate=0.001 --total-timesteps 1e2") == 0
+    assert count("--args=--no-double --learning-rate 0.002") == 1
+    assert count("--args=--no-double --exp-name other") == 1
+    assert count(script="dqv_atari.py") == 1 and count("--args=--architecture hard", script="dqv_atari.py") == 0
+    refused = planned(tmp_path, "source", "--targets", OTHER, games=[GAME], check=False)
+    assert refused.returncode == 1 and OTHER in refused.stderr
 
 
 @pytest.mark.parametrize("inside", ["", "/source.pt"])
@@ -462,15 +395,17 @@ def test_a_plan_for_games_with_budgets_of_their_own(tmp_path):
         made(tmp_path / "runs", env_id, [0, steps], [1, 1], learning_rate=1e-3)
 
     def plan(*more, **kwargs):
-        flags = ["--targets", OTHER, "--args", "--total-timesteps 300", *more]
+        flags = ["--targets", OTHER, "--args=--total-timesteps 300", *more]
         return planned(tmp_path, "transfer", *flags, script="ddqn_atari.py", seeds=[1], **kwargs)
 
-    assert "lacks 1 complete runs" in plan(check=False).stderr  # the source with 300 steps
-    (line,) = plan("--source-args", "--learning-rate 0.001").stdout.splitlines()
+    assert "lacks complete runs: Catch-v0, scratch, seed 1" in plan(check=False).stderr  # the source with 300 steps
+    (line,) = plan("--source-args=--learning-rate 0.001").stdout.splitlines()
     assert f"--env-id {OTHER} --seed 1" in line and "--total-timesteps 300" in line
     source = shlex.split(line)[shlex.split(line).index("--pretrained") + 1]
     assert tm.read_run(str((tmp_path / source).parent), [METRIC]).flags["env_id"] == GAME
-    assert "lacks 1 complete runs" in plan("--source-args", "--learning-rate 1", check=False).stderr
+    assert (
+        "lacks complete runs: Catch-v0, scratch, seed 1" in plan("--source-args=--learning-rate 1", check=False).stderr
+    )
 
 
 def test_a_run_from_a_former_source_is_planned_again(tmp_path):
@@ -501,14 +436,18 @@ def test_a_planned_study_of_the_real_script(tmp_path, toy_flags):
     flags = " ".join(toy_flags[2:]).replace("--total-timesteps 1200", "--total-timesteps 216")
     games = ["toy_env:Toy-v0", "toy_env:ToyTruncated-v0"]
     for stage, number in (("source", 2), ("transfer", 2), ("only-head", 2), ("self-transfer", 4), ("hybrid", 2)):
-        plan = ["plan", "--env-ids", *games, "--seeds", 1, "--stage", stage, "--args", flags + " --eval-frequency 100"]
+        plan = ["plan", "--env-ids", *games, "--seeds", 1, "--stage", stage, f"--args={flags} --eval-frequency 100"]
         lines = run("transfer_matrix.py", *plan, cwd=tmp_path).stdout.splitlines()
         assert len(lines) == number
         for line in lines:
-            run(shlex.split(line)[1], *shlex.split(line)[2:], cwd=tmp_path)
+            words = shlex.split(line)
+            run(words[1], *words[2:], cwd=tmp_path)
+            starts = [Path(tmp_path, word).parent for word in words if word.endswith(".pt")]
+            modes = [tm.read_run(start, [METRIC]).mode for start in starts]
+            assert modes == {"source": [], "hybrid": ["fine-tuning", "only-head"]}.get(stage, ["scratch"])
         assert run("transfer_matrix.py", *plan, cwd=tmp_path).stdout == ""
     found = cells(tmp_path / "runs")
-    assert len(found) == 4 + 6 and all(cell["n_transfer"] == 1 for cell in found.values())
+    assert len(found) == 4 + 6 and all(cell["n"] == 1 for cell in found.values())
     assert {mode for mode, _, _ in found} == {"fine-tuning", "only-head", "hybrid"}
 
 
@@ -525,10 +464,10 @@ def test_plot(tmp_path):
                 writer.add_scalar("eval/dead_units", dead, step)
         write(tmp_path / "runs", GAME, [0, 50, 100], [0.2, 0.3, 0.5], seed=seed, **pretrained(OTHER))
     done = run("transfer_matrix.py", "plot", "--logdir", "runs", "--out", "pictures", cwd=tmp_path)
-    names = ["curves.csv", "matrix_ddqn.png", "curves_ddqn_on_catch-v0.png"]
+    names = ["matrix_ddqn.png", "curves_ddqn_on_catch-v0.png"]
     assert done.stdout.splitlines() == [f"pictures/{name}" for name in names]
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == set(names)
-    assert all((tmp_path / "pictures" / name).stat().st_size > 5_000 for name in names[1:])
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"curves.csv", *names}
+    assert all((tmp_path / "pictures" / name).stat().st_size > 5_000 for name in names)
     rows = list(csv.DictReader((tmp_path / "pictures/curves.csv").open()))
     assert len(rows) == 12 and rows[-1] == {
         "algorithm": "DDQN", "mode": "scratch", "source": "", "target": "Catch-v0", "seed": "2", "step": "100",

@@ -16,7 +16,7 @@ begun=$SECONDS
 ids() { for game in "$@"; do echo "ALE/$game-v5"; done; }
 plan() {  # SCRIPT NAME FLAGS STAGE: the commands of a stage that are not complete yet
   python transfer_matrix.py plan --logdir "$LOGDIR" --script "$1" --stage "$4" --env-ids $(ids $GAMES) --seeds $SEEDS \
-    --args "$3 --exp-name $2 --total-timesteps $STEPS --eval-frequency $((STEPS / 20)) $FLAGS" "${@:5}"
+    --args="$3 --exp-name $2 --total-timesteps $STEPS --eval-frequency $((STEPS / 20)) $FLAGS" "${@:5}"
 }
 stage() {  # STAGE ...: of all algorithms
   { plan ddqn_atari.py dqn_atari --no-double "$@" && plan ddqn_atari.py ddqn_atari "" "$@" \

@@ -26,5 +26,5 @@ for game in "$@"; do
   games="catch_env:Catch-v0 catch_env:Catch-v1 catch_env:Catch-v2 catch_env:Catch-v3"
   [ "$game" = 4 ] && games="catch_env:Catch-v0 catch_env:Catch-v4"
   python transfer_matrix.py plan --script "$script" --stage "$stage" --env-ids $games \
-    --targets catch_env:Catch-v$game --seeds $seeds --args "$common $schedule $budget" --source-args "$common"
+    --targets catch_env:Catch-v$game --seeds $seeds --args="$common $schedule $budget" --source-args="$common"
 done
