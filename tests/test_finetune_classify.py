@@ -166,7 +166,7 @@ def test_the_readme_s_table_from_the_museum_s_records(tmp_path, monkeypatch):
     for i, maker in enumerate(makers):
         (tmp_path / f"xml/{i:07d}_SK-A-{i}.xml").write_text(RECORD.format(maker), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    exec((ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0], {})
+    exec((ROOT / "results/classify/README.md").read_text().split("```python\n")[1].split("```")[0], {})
     rows = table("rijks.csv")
     assert [row["ImageId"] for row in rows] == [f"{i:07d}_SK-A-{i}" for i in range(4)]
     assert [row["dc_creator"] for row in rows] == ["Bo\u00ebtius & Zn", "anoniem", "Maris, Matthijs", ""]
