@@ -183,8 +183,7 @@ class QNetwork(nn.Module):
         self.value = nn.Sequential(hidden, nn.ReLU(), nn.Linear(512 // narrow, 1)) if dueling else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # without the cache: it would keep weights across an optimizer's step, and those of no_grad without gradients
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             features = self.network[:7](x / 255.0)
             q = self.network[7:](features).float()
             return q if self.value is None else self.value(features).float() + q - q.mean(dim=1, keepdim=True)

@@ -178,8 +178,7 @@ class QNetwork(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # without the cache: it would keep weights across an optimizer's step, and those of no_grad without gradients
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.network(x / 255.0).float()
 
 
