@@ -5,6 +5,7 @@ That they are equal is held by `test_repository.py`; targets and updates are in 
 
 import contextlib
 import importlib
+import itertools
 import os
 import re
 import shutil
@@ -339,8 +340,8 @@ def test_another_seed_another_run_and_no_more_memory_than_steps(script, source, 
 
 
 def test_progress_is_told_every_ten_seconds_and_no_eta_before_learning(tmp_path, toy_flags, monkeypatch):
-    real, begun = time.perf_counter, time.perf_counter()
-    monkeypatch.setattr(time, "perf_counter", lambda: begun + 20 * (real() - begun))
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
     out = run("ddqn_atari.py", *toy_flags, "--total-timesteps", 600, cwd=tmp_path).stdout
     lines = re.findall(r"step (\d+)/600  SPS [\d,]+  ETA (.*)  return \S+(?: yet)?  epsilon [\d.]+\n", out)
     assert len(lines) > 3 and all((eta == "once learning") == (int(step) < 212) for step, eta in lines), out
@@ -383,7 +384,8 @@ def test_a_killed_run_resumes(tmp_path, toy_flags, number):
     assert logged["eval/episodic_return"][-1][1] > 3.5
     for name in [name for name in resumed if name.endswith("optimizer")]:
         steps = [state["step"] for state in resumed[name]["state"].values()]
-        assert len(steps) == 10 and set(map(float, steps)) == {float(resumed["updates"])}
+        assert len(steps) == 10  # a stop between an optimizer's step and the count of updates leaves them apart by one
+        assert all(0 <= float(step) - resumed["updates"] <= 1 for step in steps)
 
 
 def test_resuming_continues_networks_and_moments_and_leaves_a_finished_run_alone(script, source, tmp_path):
