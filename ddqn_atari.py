@@ -2,8 +2,7 @@
 # as used in "Contributions to Deep Transfer Learning" (M. Sabatelli, 2022): one file, for the ALE and for Catch.
 #
 #   python ddqn_atari.py --env-id catch_env:Catch-v0                           minutes on a laptop's CPU
-#   python ddqn_atari.py --env-id ALE/Pong-v5                                  train on an Atari game
-#   python ddqn_atari.py --env-id ALE/Boxing-v5 --pretrained runs/NAME         transfer the network of a run to another
+#   python ddqn_atari.py --env-id ALE/Boxing-v5 --pretrained runs/NAME         transfer the network of a run to a game
 #
 # /// script
 # requires-python = ">=3.10"
@@ -61,7 +60,7 @@ class Args:
     double: bool = True  # Double DQN; `--no-double` is DQN
     dueling: bool = False  # Q = V + A - mean A from two streams (Wang et al., 2016); both last layers are the head
     narrow: int = 1  # divides the numbers of filters and hidden units; 4 makes the thesis' Tiny-DQV (8, 16, 16; 128)
-    learning_rate: float = 2.5e-4  # the learning rate of the optimizer
+    learning_rate: float = 2.5e-4  # the learning rate of Q's optimizer
     optimizer: Literal["rmsprop", "adam", "sgd"] = "rmsprop"  # RMSprop as in the papers, Adam or SGD (adam)
     adam_eps: float = 1.5e-4  # epsilon of Adam
     buffer_size: int = 400_000  # capacity of the replay memory in transitions, 7,056 bytes each
@@ -108,10 +107,6 @@ BOUNDS = {
     "checkpoint_frequency": (0, 1e18), "head_fraction": (0, 1e9), "narrow": (1, 32),
 }  # fmt: skip
 
-# Flags that a resumed run may change
-CHANGEABLE = "cuda cudagraphs bf16 logdir track capture_video num_envs total_timesteps buffer_size eval_frequency "
-CHANGEABLE += "eval_episodes eval_epsilon checkpoint_frequency"
-
 
 def fail(message: str) -> NoReturn:
     sys.exit(f"{os.path.basename(__file__)}: error: {message}")
@@ -131,20 +126,14 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
                 max_num_frames_per_episode=108_000, repeat_action_probability=args.repeat_action_probability,
                 full_action_space=args.full_action_space, noop_max=30, use_fire_reset=True, episodic_life=False,
                 life_loss_info=False, reward_clipping=False, img_height=84, img_width=84, grayscale=True, stack_num=4,
-                maxpool=args.maxpool, continuous=False, continuous_action_threshold=0.5, batch_size=0,
-                num_threads=max(1, min(num_envs, (os.cpu_count() or 1) - 2)), thread_affinity_offset=-1,
+                maxpool=args.maxpool, num_threads=max(1, min(num_envs, (os.cpu_count() or 1) - 2)),
             )  # fmt: skip
         envs = gym.make_vec(args.env_id, num_envs=num_envs)
-    except ModuleNotFoundError:
-        module = args.env_id.split(":")[0]
-        fail(f"--env-id {args.env_id}: cannot import {module}, put {module}.py beside this script")
-    except (gym.error.Error, ValueError) as error:
+    except (gym.error.Error, ImportError, ValueError) as error:
         fail(f"--env-id {args.env_id}: {str(error).splitlines()[0]}")
-    space = envs.single_observation_space
-    if space.shape != (4, 84, 84) or space.dtype != np.uint8:
-        fail(f"--env-id {args.env_id}: observations are {space}, not uint8 (4, 84, 84); Atari games are ALE/<Game>-v5")
-    if envs.metadata["autoreset_mode"] != AutoresetMode.NEXT_STEP:
-        fail(f"--env-id {args.env_id}: the vector environment must reset with AutoresetMode.NEXT_STEP")
+    space, mode = envs.single_observation_space, envs.metadata["autoreset_mode"]
+    if space.shape != (4, 84, 84) or space.dtype != np.uint8 or mode != AutoresetMode.NEXT_STEP:
+        fail(f"--env-id {args.env_id}: {space} with {mode}, not uint8 (4, 84, 84) with AutoresetMode.NEXT_STEP")
     return envs
 
 
@@ -152,8 +141,9 @@ def action_meanings(args: Args, envs: gym.vector.VectorEnv) -> list[str]:
     """What each action does: a head fits another game only where these are equal."""
     if isinstance(envs, AtariVectorEnv):
         return [str(action).split(".")[-1] for action in envs.ale.get_action_set()]
-    unknown = [f"{args.env_id} {action}" for action in range(envs.single_action_space.n)]
-    return envs.get_action_meanings() if hasattr(envs, "get_action_meanings") else unknown
+    if hasattr(envs, "get_action_meanings"):
+        return envs.get_action_meanings()
+    return [f"{args.env_id} {action}" for action in range(envs.single_action_space.n)]
 
 
 # ALGO LOGIC: initialize agent here:
@@ -320,8 +310,8 @@ def evaluate(args: Args, envs, q_network: nn.Module, look: Callable, seed: int, 
         if gif and playing[0]:
             pictures.append(Image.fromarray(obs[0, -1].repeat(3, 0).repeat(3, 1)))
         explore = rng.random(envs.num_envs) < args.eval_epsilon
-        random_actions = rng.integers(envs.single_action_space.n, size=envs.num_envs)
-        actions = np.where(explore, random_actions, greedy.cpu().numpy())
+        actions = rng.integers(envs.single_action_space.n, size=envs.num_envs)
+        actions[~explore] = greedy.cpu().numpy()[~explore]
         obs, rewards, terminations, truncations, infos = envs.step(actions)
         over, life_lost = terminations | truncations, infos.get("lives", lives) < lives
         lives, cuts = infos.get("lives", lives), over | life_lost & args.life_loss_terminal
@@ -344,7 +334,7 @@ def evaluate(args: Args, envs, q_network: nn.Module, look: Callable, seed: int, 
         scalars[name] = column[playing].mean()
     spectrum = torch.linalg.eigvalsh(gram.cpu()).clamp(min=0).sqrt().flip(0).cumsum(0)
     scalars |= {"dead_units": (highest <= 0).float().mean(), "feature_norm": norms / playing.sum()}
-    scalars |= {"feature_rank": 1 + (spectrum < 0.99 * spectrum[-1]).sum()}
+    scalars["feature_rank"] = 1 + (spectrum < 0.99 * spectrum[-1]).sum()
     scalars |= {"caught": balls[0] / balls[1]} if balls[1] else {}
     return {name: float(value) for name, value in scalars.items()}
 
@@ -353,15 +343,15 @@ def load_checkpoint(path: str | None) -> dict:
     """The checkpoint in `path`, a file or a run's folder, with its own path; CleanRL's state dict is a `q_network`."""
     if not path:
         return {}
-    found = sorted(Path(path).glob("*.pt")) if os.path.isdir(path) else [path]
-    if len(found) != 1 or not os.path.isfile(found[0]):
-        fail(f"{path} holds {len(found)} checkpoints, name one" if found[1:] else f"no checkpoint at {path}")
+    files = [path] if os.path.isfile(path) else sorted(Path(path).glob("*.pt"))
+    if len(files) != 1:
+        fail(f"{path}: one checkpoint is needed there, not {len(files)}")
     try:
-        data = torch.load(found[0], map_location="cpu", weights_only=True)
+        data = torch.load(files[0], map_location="cpu", weights_only=True)
         data = {"q_network": data} if all(torch.is_tensor(value) for value in data.values()) else data
-        return {"args": {}, **data, "q_network": data["q_network"], "path": str(found[0])}
+        return {"args": {}, **data, "q_network": data["q_network"], "path": str(files[0])}
     except Exception:  # noqa: BLE001 - torch would advise to load foreign files without care
-        fail(f"{found[0]} is not a checkpoint of a Q-network")
+        fail(f"{files[0]} is not a checkpoint of a Q-network")
 
 
 def head_names(network: nn.Module) -> list[str]:
@@ -378,8 +368,7 @@ def copy_tensors(network: nn.Module, checkpoint: dict, key: str, names: list[str
         new = {name: state[name] + fraction * tensor for name, tensor in new.items()} if fraction else new
         network.load_state_dict(state | new)
     except (KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        fail(f"{checkpoint['path']} is a checkpoint of another architecture: {reason}")
+        fail(f"{checkpoint['path']} is of another architecture: {str(error).splitlines()[-1].strip()}")
     print(f"{key}: {', '.join(names) or 'nothing'} of {checkpoint['path']}{f', added x {fraction}' * (fraction > 0)}")
 
 
@@ -419,29 +408,19 @@ def graphed(function: Callable) -> Callable:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=f"{ALGORITHM}: flags of the run, the game, the algorithm, evaluation, transfer.")
-    defaults = {} if args.env_id.startswith("ALE/") else SMALL_GAME
-    args = tyro.cli(Args, default=Args(**defaults))
-    checkpoint, resume = load_checkpoint(args.resume or args.evaluate), args.resume
+    checkpoint, trusted = load_checkpoint(args.resume or args.evaluate), ("catch_env", args.env_id.split(":")[0])
     path, source = checkpoint.get("path"), {} if checkpoint else load_checkpoint(args.pretrained)
-    if path:
-        trusted = ("catch_env", args.env_id.split(":")[0])  # a checkpoint names no module to import
-        saved = {name: value for name, value in checkpoint["args"].items() if name in vars(args)}
-        args = tyro.cli(Args, default=Args(**defaults | saved))  # flags on the command line win over the checkpoint's
-        changed = [name for name in saved if saved[name] != getattr(args, name) and name not in CHANGEABLE.split()]
-        if ":" in args.env_id and args.env_id.split(":")[0] not in trusted:
-            fail(f"{path} plays {args.env_id}, which imports a module: say --env-id {args.env_id} if you trust it")
-        if checkpoint.get("algorithm", ALGORITHM) != ALGORITHM:
-            fail(f"{path} is a run of {checkpoint['algorithm']}, which {ALGORITHM} cannot continue")
-        if resume and "optimizer" not in checkpoint:
-            fail(f"{path} has no training state to resume; --pretrained takes its layers into a new run")
-        if resume and changed:
-            fail(f"--resume continues a run with {changed[0]} {saved[changed[0]]}, not {getattr(args, changed[0])}")
+    saved = {name: value for name, value in checkpoint.get("args", {}).items() if name in vars(args)}
+    defaults = {} if saved.get("env_id", args.env_id).startswith("ALE/") else SMALL_GAME
+    args = tyro.cli(Args, default=Args(**defaults | saved))  # the command line wins over the checkpoint
+    if ":" in args.env_id and args.env_id.split(":")[0] not in trusted:
+        fail(f"{path} plays {args.env_id}, which imports a module: say --env-id {args.env_id} if you trust it")
+    if args.resume and (checkpoint.get("algorithm") != ALGORITHM or "optimizer" not in checkpoint):
+        fail(f"{path} is no run of {ALGORITHM} to resume; --pretrained takes its layers into a new run")
     for name, value in vars(args).items():
         low, high = BOUNDS.get(name, (1, 10**18))
         if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must be between {low} and {high}, not {value}")
-    if os.path.basename(args.exp_name) != args.exp_name:
-        fail(f"--exp-name {args.exp_name} is not the name of a file")
     if args.learning_starts > args.total_timesteps and not args.evaluate:
         fail(f"--learning-starts {args.learning_starts} is beyond --total-timesteps {args.total_timesteps}")
     if args.keep_head + (args.head_fraction > 0) + bool(args.pretrained_head) > bool(args.pretrained):
@@ -504,13 +483,9 @@ if __name__ == "__main__":
     while not path and os.path.exists(run_dir):
         run_dir += "-2"  # two runs that start in the same second
     checkpoint_path, global_step = path or f"{run_dir}/{args.exp_name}.pt", checkpoint.get("global_step", 0)
-    try:
-        slots = args.total_timesteps * 5 // 4  # with autoresets; more than the run needs would be touched in vain
-        rb = Replay(min(args.buffer_size, slots), args.num_envs, device)
-        writer = SummaryWriter(run_dir, purge_step=global_step + 1 if path else None)
-    except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        fail(f"no room for --buffer-size {args.buffer_size:,}, or no way to write {run_dir}: {reason}")
+    slots = args.total_timesteps * 5 // 4  # with autoresets; more than the run needs would be touched in vain
+    rb = Replay(min(args.buffer_size, slots), args.num_envs, device)
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if path else None)
     if args.track:
         import wandb
 
