@@ -1,136 +1,67 @@
 """Agent steps per second of a script before and while learning, and of Stable-Baselines3's DQN, in alternation.
 
     python tests/benchmark_rl.py --flags="--no-double --optimizer adam" --peer sb3
-    python tests/benchmark_rl.py --processes 1 2 4 8                 as many runs beside each other, on one machine
     python tests/benchmark_rl.py --updates                            milliseconds per update of all the scripts instead
 
-Time per stage is that of the script's own main thread, sampled every 2 ms; the stages are named as the comments in the
-script name them. On CUDA an update is only started there: the wait for it is part of the next stage that needs it.
-The peer needs `pip install stable-baselines3 opencv-python`. It gets the same network, batch size, replay memory,
-exploration and number of updates per step, and the settings of RL-Zoo for the rest. Not collected by pytest.
+The rates are the script's own `charts/SPS`. The peer needs `pip install stable-baselines3 opencv-python`. It gets the
+same network, batch size, replay memory, exploration and number of updates per step, and the settings of RL-Zoo for the
+rest. Not collected by pytest.
 """
 
 import importlib
-import json
 import os
-import re
-import resource
-import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
-BUFFER = 20_000
+BUFFER, STARTS, WARM = 20_000, 8_000, 1_000  # WARM: steps until the rates of a phase are looked at
 
 
 @dataclass
 class Args:
-    script: str = "ddqn_atari.py"
-    """script to measure"""
-    game: str = "Pong"
-    """the game's name as in ALE/<Game>-v5"""
-    flags: str = ""
-    """further flags of the script, in one string"""
-    peer: Optional[Literal["sb3"]] = None
-    """also measure this library, in alternation"""
-    rounds: int = 3
-    """measurements of each"""
-    steps: int = 3_000
-    """agent steps to measure while learning, after 8,000 without learning"""
-    processes: list[int] = field(default_factory=lambda: [1])
-    """how many runs of the script go on at once; the rates are sums over them"""
-    updates: bool = False
-    """measure one update of DQN, DDQN, DQV and DQV-Max, in alternation"""
-    threads: int = 1
-    """threads of torch for --updates"""
-    child: Optional[Literal["ours", "sb3"]] = None
-    """run one measurement in this process (used internally)"""
+    script: str = "ddqn_atari.py"  # script to measure
+    game: str = "Pong"  # the game's name as in ALE/<Game>-v5
+    flags: str = ""  # further flags of the script, in one string
+    peer: Literal["sb3"] | None = None  # also measure this library, in alternation
+    rounds: int = 3  # measurements of each
+    steps: int = 3_000  # agent steps to measure while learning, after 8,000 without learning
+    updates: bool = False  # measure one update of DQN, DDQN, DQV and DQV-Max, in alternation
+    threads: int = 1  # threads of torch
+    child: bool = False  # measure the peer in this process (used internally)
 
 
-STARTS, WARM = 8_000, 1_000  # steps without learning; steps until the rates of a phase are looked at
-
-
-def ours_child(args: Args) -> None:
-    """Run the script in this process, watch its main thread from another one, and print what was found as JSON."""
-    path, main_thread, found, seen = str(ROOT / args.script), threading.main_thread().ident, Counter(), []
-    lines, stages, stage = Path(path).read_text().splitlines(), {}, "before"
-    for number, line in enumerate(lines, 1):
-        if comment := re.match(r" {4,8}# (?:TRY NOT TO MODIFY|ALGO LOGIC): ([^;,]*)", line):
-            stage = comment[1]
-        stages[number] = "environments" if "envs.recv()" in line or "envs.send(" in line else stage
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            frame = sys._current_frames().get(main_thread)
-            while frame and (frame.f_code.co_filename != path or frame.f_code.co_name != "<module>"):
-                frame = frame.f_back
-            step = frame.f_globals.get("global_step", 0) if frame else 0
-            if step > STARTS + WARM:
-                found[stages[frame.f_lineno]] += 1
-                seen.append((step, frame.f_globals["updates"], time.perf_counter()))
-
-    done = threading.Event()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+def ours(args: Args) -> tuple[float, float]:
+    total = STARTS + WARM + args.steps
     with tempfile.TemporaryDirectory() as logdir:
         flags = f"--env-id ALE/{args.game}-v5 --buffer-size {BUFFER} --learning-starts {STARTS} --eval-episodes 1"
-        flags += f" --total-timesteps {STARTS + WARM + args.steps} --start-e 0.01 --end-e 0.01 --logdir {logdir}"
-        sys.argv = [path, *flags.split(), *args.flags.split()]
-        sys.stdout = sys.stderr
-        try:
-            runpy.run_path(path, run_name="__main__")
-        finally:
-            done.set()
-            watcher.join()
-            sys.stdout = sys.__stdout__
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+        flags += f" --total-timesteps {total} --start-e 0.01 --end-e 0.01 --logdir {logdir} {args.flags}"
+        command = [sys.executable, str(ROOT / args.script), *flags.split()]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         events = EventAccumulator(str(next(Path(logdir).iterdir())))
         events.Reload()
         sps = [(event.step, event.value) for event in events.Scalars("charts/SPS")]
-    import torch
-
-    (_, first, begun), (_, last, ended) = seen[0], [row for row in seen if row[0] < STARTS + WARM + args.steps][-1]
-    loop = {name: n for name, n in found.items() if name not in ("start the game", "the end")}
-    result = {"before": statistics.median(value for step, value in sps if 1_500 < step < STARTS + 500)}
-    result["learning"] = statistics.median(value for step, value in sps if step > STARTS + WARM + 500)
-    result["updates"] = (last - first) / (ended - begun)
-    result["stages"] = {name: n / sum(loop.values()) for name, n in loop.items()}
-    result["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    result["device"] = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else 0.0
-    print(json.dumps(result))
-
-
-def ours(args: Args, processes: int) -> list[dict]:
-    """What `ours_child` found in each of several processes at once."""
-    command = [sys.executable, __file__, "--child", "ours", "--script", args.script, "--game", args.game]
-    command += ["--steps", str(args.steps), f"--flags={args.flags}"]
-    # with the threads of others beside them, threads of their own would make all of them several times as slow
-    env = os.environ | ({"OMP_NUM_THREADS": "1"} if processes > 1 else {})
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) for _ in range(processes)]
-    outputs = [run.communicate()[0] for run in runs]
-    if any(run.returncode for run in runs):
-        sys.exit(f"{args.script} failed")
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+    before = [value for step, value in sps if STARTS - 5 * WARM < step < STARTS + WARM / 2]
+    return statistics.median(before), statistics.median(value for step, value in sps if step > STARTS + 1.5 * WARM)
 
 
 def sb3_child(args: Args) -> None:
     import ale_py  # noqa: F401
+    import torch
     from stable_baselines3 import DQN
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env
     from stable_baselines3.common.vec_env import VecFrameStack
 
+    torch.set_num_threads(args.threads)
     times = {}
 
     class Clock(BaseCallback):
@@ -148,7 +79,17 @@ def sb3_child(args: Args) -> None:
 
 
 def sb3(args: Args) -> tuple[float, float]:
-    command = [sys.executable, __file__, "--child", "sb3", "--game", args.game, "--steps", str(args.steps)]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        "--game",
+        args.game,
+        "--steps",
+        str(args.steps),
+        "--threads",
+        str(args.threads),
+    ]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     before, learning = done.stdout.split()[-2:]
     return float(before), float(learning)
@@ -198,46 +139,20 @@ def updates(args: Args) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    if args.updates:
-        updates(args)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    if args.updates or args.child:
+        updates(args) if args.updates else sb3_child(args)
         sys.exit()
-    if args.child:
-        {"ours": ours_child, "sb3": sb3_child}[args.child](args)
-        sys.exit()
-    rows = {n: [] for n in args.processes}
-    peers = []
+    measured = {f"{args.script} {args.flags}".strip(): (ours, [])}
+    measured |= {args.peer: (sb3, [])} if args.peer else {}
     for number in range(args.rounds):
-        for n in args.processes:
-            runs = ours(args, n)
-            row = {name: sum(run[name] for run in runs) for name in ("before", "learning", "updates", "host", "device")}
-            rows[n].append(row | {"stages": runs[0]["stages"]})
-            shown = "  ".join(f"{name} {row[name]:,.1f}" for name in ("before", "learning", "updates"))
-            print(f"round {number + 1}, {n} at once: {shown}", flush=True)
-        if args.peer:
-            peers.append(sb3(args))
-            print(
-                f"round {number + 1}, {args.peer}: before {peers[-1][0]:,.1f}  learning {peers[-1][1]:,.1f}", flush=True
-            )
-    print(f"\n| {args.game}, {os.cpu_count()} cores, median of {args.rounds} | steps/s before learning | learning | "
-          "updates/s | host memory, GB | device memory, GB |\n|-|-|-|-|-|-|")  # fmt: skip
-    for n, found in rows.items():
-        before, learning, updates_, host, device = (
-            statistics.median(row[name] for row in found)
-            for name in ("before", "learning", "updates", "host", "device")
-        )
-        label = f"{args.script} {args.flags}".strip() + (f", {n} at once" if n > 1 else "")
-        print(f"| {label} | {before:,.0f} | {learning:,.1f} | {updates_:,.1f} | {host:.2f} | {device:.2f} |")
+        for name, (measure, found) in measured.items():
+            found.append(measure(args))
+            print(f"round {number + 1}, {name}: before {found[-1][0]:,.1f}  learning {found[-1][1]:,.1f}", flush=True)
+    print(f"\n| {args.game}, {args.threads} threads, median of {args.rounds} | steps/s before | learning |\n|-|-|-|")
+    for name, (_, found) in measured.items():
+        print(f"| {name} | " + " | ".join(f"{statistics.median(column):,.1f}" for column in zip(*found)) + " |")
     if args.peer:
-        before, learning = (statistics.median(column) for column in zip(*peers))
-        print(f"| {args.peer} | {before:,.0f} | {learning:,.1f} | | | |")
-        ratios = [
-            statistics.median(row[name] / peer[i] for row, peer in zip(rows[args.processes[0]], peers))
-            for i, name in enumerate(("before", "learning"))
-        ]
-        print(f"| ratio, median over the rounds | {ratios[0]:.2f} | {ratios[1]:.2f} | | | |")
-    first = rows[args.processes[0]]
-    per_step = statistics.median(1_000 * args.processes[0] / row["learning"] for row in first)
-    shares = {name: statistics.median(row["stages"].get(name, 0.0) for row in first) for name in first[0]["stages"]}
-    print("\n| stage, while learning | share | ms per step |\n|-|-|-|")
-    for name, share in sorted(shares.items(), key=lambda item: -item[1]):
-        print(f"| {name} | {share:.1%} | {share * per_step:.2f} |")
+        (_, mine), (_, theirs) = measured.values()
+        ratios = [[a / b for a, b in zip(*columns)] for columns in zip(zip(*mine), zip(*theirs))]
+        print("| ratio, median over the rounds | " + " | ".join(f"{statistics.median(r):.2f}" for r in ratios) + " |")

@@ -25,7 +25,6 @@ from gymnasium.vector import AutoresetMode
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.tensorboard import SummaryWriter
 
 TAGS = {
     "charts/episodic_return", "charts/episodic_length", "charts/epsilon", "charts/max_q",
@@ -35,7 +34,18 @@ TAGS = {
 }  # fmt: skip
 V_TAGS = TAGS | {"losses/v_loss", "losses/v_values", "eval/v_minus_max_q"}
 SCRIPTS = {"ddqn_atari": TAGS, "dqv_atari": V_TAGS, "dqv_max_atari": V_TAGS}
-TOY = "--env-id toy_env:Toy-v0 --learning-starts 4 --total-timesteps 4 --eval-episodes 1 --narrow 4".split()
+TOY = [
+    "--env-id",
+    "toy_env:Toy-v0",
+    "--learning-starts",
+    "4",
+    "--total-timesteps",
+    "4",
+    "--eval-episodes",
+    "1",
+    "--narrow",
+    "4",
+]
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -54,6 +64,13 @@ def shared():
     return importlib.import_module("ddqn_atari")
 
 
+def learner(module, narrow=4):
+    """Networks, the arguments of `learn` behind the batch, for 3 actions, without the optimizers."""
+    networks = [module.QNetwork(n, narrow) for n in ((3,) if module.ALGORITHM == "DDQN" else (3, 1))]
+    target = module.QNetwork(1 if module.ALGORITHM == "DQV" else 3, narrow)
+    return networks, target, {"double": True} if module.ALGORITHM == "DDQN" else {}
+
+
 def trunk(name):
     return not name.startswith("network.9")
 
@@ -62,13 +79,11 @@ def learners(checkpoint):
     return [name for name in ("q_network", "v_network") if name in checkpoint]
 
 
-def before_training(script, seed=1, actions=3):
-    """{network: state dict} of a run before its first update."""
-    module = importlib.import_module(script)
-    torch.manual_seed(seed)
-    networks = {"q_network": module.QNetwork(actions, 4)}
-    if script != "ddqn_atari":
-        networks["v_network"] = module.QNetwork(1, 4)
+def before_training(script):
+    """{network: state dict} of a run with seed 1 before its first update."""
+    torch.manual_seed(1)
+    networks, _, _ = learner(importlib.import_module(script))
+    networks = dict(zip(("q_network", "v_network"), networks))
     networks["target_network"] = networks["v_network" if script == "dqv_atari" else "q_network"]
     return {name: network.state_dict() for name, network in networks.items()}
 
@@ -106,11 +121,10 @@ def test_network_is_the_nature_dqn_with_cleanrl_names(module):
 
 def test_bfloat16_leaves_outputs_losses_and_gradients_in_float32(module, monkeypatch):
     torch.manual_seed(0)
-    networks = [module.QNetwork(n, 4) for n in ((3,) if module.ALGORITHM == "DDQN" else (3, 1))]
-    target = module.QNetwork(1 if module.ALGORITHM == "DQV" else 3, 4)
+    networks, target, extra = learner(module)
     obs = torch.randint(256, (4, 4, 84, 84), dtype=torch.uint8)
     batch = obs, torch.tensor([0, 1, 2, 0]), torch.ones(4), obs.flip(0), torch.tensor([True, False, False, False])
-    extra, gradients, losses = {"double": True} if module.ALGORITHM == "DDQN" else {}, [], []
+    gradients, losses = [], []
     for bf16 in (False, True):
         monkeypatch.setattr(module.QNetwork, "bf16", bf16)
         optimizers = [torch.optim.SGD(network.parameters(), 0.0) for network in networks]
@@ -200,8 +214,8 @@ def test_replay_draws_uniformly_and_never_an_autoreset(shared):
         restarted = np.array([t % 5 == 4, t % 7 == 6])
         put(replay, np.where(restarted, 999, t), zeros, zeros, blank, restarted)
     counts = torch.zeros(400)
-    for _ in range(200):
-        _, actions, _, _, _ = replay.sample(256)
+    for _ in range(50):
+        _, actions, _, _, _ = replay.sample(1024)
         assert 999 not in actions
         counts += torch.bincount(actions, minlength=400)
     counts = counts[counts > 0]
@@ -216,20 +230,21 @@ def test_replay_draws_uniformly_and_never_an_autoreset(shared):
 # ----------------------------------------------------------------------------------------------------- environments
 
 
-def test_every_setting_of_ale_is_explicit(shared, monkeypatch):
-    """Its defaults are traps: clipped rewards cannot be undone, `episodic_life` restarts the game."""
+def test_settings_of_ale_that_are_traps(shared, monkeypatch):
+    """Clipped rewards cannot be undone, `episodic_life` restarts the game, three actions are RIGHT in Pong."""
     passed = {}
     monkeypatch.setattr(shared, "AtariVectorEnv", lambda game, num_envs, **settings: passed.update(settings))
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    with contextlib.suppress(AttributeError, TypeError):  # of the lambda's None
-        shared.make_envs(shared.Args(env_id="ALE/Pong-v5"), 8)
-    assert passed == {
+    shared.make_envs(shared.Args(env_id="ALE/Pong-v5"), 8)
+    expected = {
         "frameskip": 4, "repeat_action_probability": 0.0, "full_action_space": False, "noop_max": 30, "maxpool": True,
         "use_fire_reset": True, "episodic_life": False, "life_loss_info": False, "reward_clipping": False,
-        "max_num_frames_per_episode": 108_000, "autoreset_mode": AutoresetMode.NEXT_STEP, "stack_num": 4,
-        "img_height": 84, "img_width": 84, "grayscale": True, "continuous": False, "continuous_action_threshold": 0.5,
-        "batch_size": 0, "num_threads": 8, "thread_affinity_offset": -1,
+        "max_num_frames_per_episode": 108_000, "autoreset_mode": AutoresetMode.NEXT_STEP, "num_threads": 8,
     }  # fmt: skip
+    assert passed | expected == passed
+    monkeypatch.undo()
+    meanings = shared.action_meanings(args := shared.Args(env_id="ALE/Pong-v5"), shared.make_envs(args, 1))
+    assert meanings == ["NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE"]
 
 
 def test_replayed_stacks_equal_ale_s_own_and_lost_lives_are_told(shared):
@@ -259,13 +274,6 @@ def test_replayed_stacks_equal_ale_s_own_and_lost_lives_are_told(shared):
         mine = drawn(replay, range(start, start + len(part)))
         for column, theirs in zip((mine[0], mine[3], mine[4]), zip(*part)):
             assert (column.numpy() == np.stack(theirs)).all()
-
-
-def test_action_meanings(shared):
-    meanings = shared.action_meanings(args := shared.Args(env_id="ALE/Pong-v5"), shared.make_envs(args, 1))
-    assert meanings == ["NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE"]
-    args = shared.Args(env_id="ALE/Pong-v5", full_action_space=True)
-    assert len(shared.action_meanings(args, shared.make_envs(args, 1))) == 18
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -310,16 +318,17 @@ def memory_of(done):
 
 
 @pytest.mark.parametrize("game, flags", [("Toy", ()), ("ToyTruncated", ()), ("Toy", ("--no-terminal",))])
-def test_terminals_are_stored_but_truncations_are_not(script, tmp_path, toy_flags, game, flags):
+def test_terminals_are_stored_but_truncations_are_not(tmp_path, toy_flags, game, flags):
     flags = ["--env-id", f"toy_env:{game}-v0", "--total-timesteps", 260, "--eval-episodes", 2, *flags]
-    done = run(f"{script}.py", *toy_flags, *flags, cwd=tmp_path)
+    done = run("ddqn_atari.py", *toy_flags, *flags, cwd=tmp_path)
     lengths = [value for _, value in scalars(only_run(tmp_path / "runs"))["charts/episodic_length"]]
-    slots, actions, rewards, dones, ages = memory_of(done)
+    _slots, actions, rewards, dones, ages = memory_of(done)
     assert len(dones) == done.variables["global_step"] and set(lengths) == {5.0 if game == "Toy" else 7.0}
     assert dones.sum() == (0 if "--no-terminal" in flags or game != "Toy" else len(lengths)) and len(lengths) > 30
     assert set(actions.tolist()) == {0, 1, 2} and set(rewards.tolist()) == {0, 1} and ages.max() == 3
 
 
+@pytest.mark.parametrize("script", ["dqv_max_atari"])
 def test_same_seed_same_scalars_with_and_without_evaluation(script, source, tmp_path, toy_flags):
     path, checkpoint = source(script)
     out = run(f"{script}.py", *toy_flags, "--eval-frequency", 0, "--checkpoint-frequency", 0, cwd=tmp_path).stdout
@@ -332,11 +341,14 @@ def test_same_seed_same_scalars_with_and_without_evaluation(script, source, tmp_
     assert all(torch.equal(again["q_network"][k], v) for k, v in checkpoint["q_network"].items())
 
 
-def test_another_seed_another_run_and_no_more_memory_than_steps(script, source, tmp_path):
-    done = run(f"{script}.py", *TOY, "--seed", 2, "--num-envs", 1, cwd=tmp_path)
-    other = torch.load(only_run(tmp_path / "runs") / f"{script}.pt")
-    assert not torch.equal(other["q_network"]["network.0.weight"], source(script)[1]["q_network"]["network.0.weight"])
-    assert done.variables["args"].buffer_size == 400_000 and len(done.variables["rb"].frames) == 9
+def test_the_papers_sequential_agent_with_another_seed(script, source, tmp_path, toy_flags):
+    flags = ["--num-envs", 1, "--total-timesteps", 300, "--eval-episodes", 1, "--seed", 2, "--buffer-size", 400_000]
+    done = run(f"{script}.py", *toy_flags, *flags, cwd=tmp_path)
+    checkpoint = torch.load(only_run(tmp_path / "runs") / f"{script}.pt")
+    assert checkpoint["global_step"] == 300 and checkpoint["updates"] == 12
+    assert len(done.variables["rb"].frames) == 379  # no more memory than there are steps, with autoresets
+    theirs = source(script)[1]["q_network"]["network.0.weight"]
+    assert not torch.allclose(checkpoint["q_network"]["network.0.weight"], theirs, atol=0.02)
 
 
 def test_progress_is_told_every_ten_seconds_and_no_eta_before_learning(tmp_path, toy_flags, monkeypatch):
@@ -361,9 +373,9 @@ def start_and_kill(command, cwd, number):
     return process.returncode, out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_killed_run_resumes(tmp_path, toy_flags, number):
-    script = "dqv_atari" if number == signal.SIGINT else "dqv_max_atari" if number == signal.SIGTERM else "ddqn_atari"
+    script = {signal.SIGTERM: "dqv_atari", signal.SIGHUP: "dqv_max_atari", signal.SIGKILL: "ddqn_atari"}[number]
     command = [sys.executable, str(ROOT / f"{script}.py"), *toy_flags, "--no-cuda", "--checkpoint-frequency", "300"]
     code, out = start_and_kill(command, tmp_path, number)
     assert code == (-number if number == signal.SIGKILL else 130), out
@@ -406,22 +418,6 @@ def test_resuming_continues_networks_and_moments_and_leaves_a_finished_run_alone
     assert scalars(folder)["eval/episodic_return"][:3] == scalars(path.parent)["eval/episodic_return"]
 
 
-def test_the_log_is_written_before_the_checkpoint(tmp_path, toy_flags, monkeypatch):
-    """A kill right after the checkpoint must not cost points that the resumed run will not write again."""
-    calls, real = [], os.replace
-
-    def watch(name):
-        method = getattr(SummaryWriter, name)
-        monkeypatch.setattr(SummaryWriter, name, lambda *args: (calls.append(name), method(*args))[1])
-
-    watch("add_scalar")
-    watch("flush")
-    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("checkpoint"), real(old, new))[1])
-    run("ddqn_atari.py", *toy_flags, "--checkpoint-frequency", 300, cwd=tmp_path)
-    before = [calls[i - 1] for i, name in enumerate(calls) if name == "checkpoint"]
-    assert before == ["flush"] * 4 and calls.count("add_scalar") > 200
-
-
 def test_a_full_disk_and_a_closed_pipe_keep_a_checkpoint(tmp_path, toy_flags, monkeypatch):
     def full(state, path):
         if state["updates"] > 60:
@@ -437,15 +433,15 @@ def test_a_full_disk_and_a_closed_pipe_keep_a_checkpoint(tmp_path, toy_flags, mo
     assert not list(folder.glob("*.tmp")) and 5 < torch.load(folder / "dqv_atari.pt")["updates"] <= 60
     command = f"{sys.executable} {ROOT}/ddqn_atari.py {' '.join(toy_flags)} --no-cuda --checkpoint-frequency 0"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
-    closed = subprocess.run(f"({command} --logdir pipe; echo $? >&2) | head -n 1", shell=True, cwd=tmp_path, env=env,
-                            capture_output=True, text=True)  # fmt: skip
+    pipe = f"({command} --logdir pipe; echo $? >&2) | head -n 1"
+    closed = subprocess.run(pipe, shell=True, check=True, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert closed.stdout.startswith("toy_env") and "--resume" in closed.stderr and "Traceback" not in closed.stderr
     assert torch.load(only_run(tmp_path / "pipe") / "ddqn_atari.pt")["global_step"] > 0
 
 
-def test_what_is_not_finite_ends_the_run(script, tmp_path, toy_flags):
+def test_what_is_not_finite_ends_the_run(tmp_path, toy_flags):
     flags = ["--optimizer", "sgd", "--learning-rate", "1e9", "--gamma", 1, "--total-timesteps", 2000]
-    done = run(f"{script}.py", *toy_flags, *flags, "--eval-frequency", 0, cwd=tmp_path, check=False)
+    done = run("dqv_atari.py", *toy_flags, *flags, "--eval-frequency", 0, cwd=tmp_path, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "not finite at step" in done.stderr
 
 
@@ -457,18 +453,11 @@ def test_two_runs_in_the_same_second_have_their_own_folders(tmp_path, monkeypatc
     assert names == ["toy_env-Toy-v0__ddqn_atari__1__7", "toy_env-Toy-v0__ddqn_atari__1__7-2"]
 
 
-def test_the_papers_sequential_agent(script, tmp_path, toy_flags):
-    flags = ["--num-envs", 1, "--total-timesteps", 300, "--eval-episodes", 1]
-    run(f"{script}.py", *toy_flags, *flags, cwd=tmp_path)
-    checkpoint = torch.load(only_run(tmp_path / "runs") / f"{script}.pt")
-    assert checkpoint["global_step"] == 300 and checkpoint["updates"] == 12
-
-
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
 def test_evaluate_prints_what_was_measured(script, source, tmp_path):
-    path, checkpoint = source(script)
+    path, _checkpoint = source(script)
     shutil.copy(path, tmp_path)
     shutil.copytree(path.parent, tmp_path / "run")
     flags = ["--eval-episodes", 20, "--capture-video"]
@@ -637,29 +626,21 @@ def test_a_checkpoint_of_another_algorithm_initialises_the_trunks(script, of, so
     for network in learners(copy):  # V starts from Q's layers where there is no V
         theirs = checkpoint.get(network, checkpoint["q_network"])
         assert all(torch.equal(copy[network][name], theirs[name]) for name in filter(trunk, theirs))
-    _, kept = transferred(script, tmp_path / "b", "--env-id", "toy_env:Toy-v0", "--pretrained", path, "--keep-head")
-    assert torch.equal(kept["q_network"]["network.9.weight"], checkpoint["q_network"]["network.9.weight"])
     refused = run(f"{script}.py", "--resume", path, "--env-id", "toy_env:Toy-v0", cwd=tmp_path, check=False)
-    theirs, mine = (importlib.import_module(name).ALGORITHM for name in (of, script))
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1
-    assert f"is a run of {theirs}, which {mine} cannot continue" in refused.stderr
+    assert f"is no run of {importlib.import_module(script).ALGORITHM} to resume" in refused.stderr
 
 
-def test_cleanrl_s_bare_state_dict_is_accepted(script, source, tmp_path):
-    _, checkpoint = source(script)
-    bare = tmp_path / "dqn_atari.cleanrl_model"
-    torch.save(checkpoint["q_network"], bare)
-    done = run(
-        f"{script}.py", "--evaluate", bare, "--narrow", 4, "--env-id", "toy_env:Toy-v0", cwd=tmp_path, check=False
-    )
-    if script == "ddqn_atari":
-        assert 4 < float(done.stdout.split("episodic_return ")[1].split(",")[0]) <= 5 and "n = 100" in done.stdout
-    else:
-        assert done.returncode == 1 and "another architecture" in done.stderr and done.stderr.count("\n") == 1
-    _, copy = transferred(script, tmp_path / "run", "--pretrained", bare)
+def test_cleanrl_s_bare_state_dict_is_accepted(source, tmp_path):
+    _, checkpoint = source("ddqn_atari")
+    torch.save(checkpoint["q_network"], bare := tmp_path / "dqn_atari.cleanrl_model")
+    flags = ["--evaluate", bare, "--narrow", 4, "--env-id", "toy_env:Toy-v0"]
+    done = run("ddqn_atari.py", *flags, cwd=tmp_path)
+    assert 4 < float(done.stdout.split("episodic_return ")[1].split(",")[0]) <= 5 and "n = 100" in done.stdout
+    done = run("dqv_atari.py", *flags, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "another architecture" in done.stderr and done.stderr.count("\n") == 1
+    _, copy = transferred("dqv_atari", tmp_path / "run", "--pretrained", bare)
     assert torch.equal(copy["q_network"]["network.7.weight"], checkpoint["q_network"]["network.7.weight"])
-    refused = run(f"{script}.py", "--resume", bare, "--env-id", "toy_env:Toy-v0", cwd=tmp_path, check=False)
-    assert refused.returncode == 1 and "--pretrained" in refused.stderr
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -670,10 +651,9 @@ def test_cleanrl_s_bare_state_dict_is_accepted(script, source, tmp_path):
     [
         ("--env-id ALE/Pongg-v5", "ALE/Pongg-v5"),
         ("--env-id CartPole-v1", "uint8 (4, 84, 84)"),
-        ("--env-id nowhere:Game-v0", "put nowhere.py beside this script"),
-        ("--evaluate missing.pt", "no checkpoint at missing.pt"),
-        ("--resume .", "no checkpoint at ."),
-        ("--pretrained many", "many holds 2 checkpoints, name one"),
+        ("--env-id nowhere:Game-v0", "--env-id nowhere:Game-v0: No module named 'nowhere'"),
+        ("--evaluate missing.pt", "missing.pt: one checkpoint is needed there, not 0"),
+        ("--pretrained many", "many: one checkpoint is needed there, not 2"),
         ("--evaluate text", "text/text.pt is not a checkpoint of a Q-network\n"),
         ("--num-envs -1", "--num-envs must be between 0"),
         ("--gamma nan", "--gamma must be between 0 and 1, not nan"),
@@ -684,10 +664,7 @@ def test_cleanrl_s_bare_state_dict_is_accepted(script, source, tmp_path):
         ("--eval-frequency -5", "--eval-frequency must"),
         ("--repeat-action-probability 2", "--repeat-action-probability must"),
         ("--total-timesteps 40000", "--learning-starts 50000 is beyond --total-timesteps 40000"),
-        ("--exp-name a/b", "--exp-name a/b is not the name of a file"),
         ("--keep-head", "--pretrained"),
-        ("--logdir text/text.pt --env-id toy_env:Toy-v0", "no way to write text/text.pt"),
-        ("--env-id toy_env:Toy-v0 --buffer-size 99999999999 --total-timesteps 99999999999", "--buffer-size"),
     ],
 )
 def test_bad_input_gets_one_line(flags, says, tmp_path):
@@ -699,20 +676,9 @@ def test_bad_input_gets_one_line(flags, says, tmp_path):
     assert done.stderr.startswith("dqv_atari.py: error: ") and "weights_only" not in done.stderr
 
 
-def test_resume_refuses_other_games_emulators_and_algorithms(script, source, tmp_path):
-    path, _ = source(script)
-    for flags, says in (
-        (["--env-id", "catch_env:Catch-v0"], "env_id toy_env:Toy-v0, not catch_env:Catch-v0"),
-        (["--env-id", "toy_env:Toy-v0", "--no-maxpool"], "maxpool True, not False"),
-        (["--env-id", "toy_env:Toy-v0", "--learning-rate", "1"], "learning_rate 0.001, not 1.0"),
-    ):
-        done = run(f"{script}.py", "--resume", path, *flags, cwd=tmp_path, check=False)
-        assert done.returncode == 1 and f"--resume continues a run with {says}\n" in done.stderr, done.stderr
-
-
 def test_a_checkpoint_names_no_module_and_no_path(source, tmp_path):
     """A downloaded run's folder must neither import code nor write outside of itself."""
-    path, checkpoint = source("ddqn_atari")
+    _path, checkpoint = source("ddqn_atari")
     (tmp_path / "run").mkdir()
     (tmp_path / "payload.py").write_text("raise SystemExit('imported')")
     evil = checkpoint["args"] | {"env_id": "payload:Toy-v0", "exp_name": "../escaped", "logdir": "elsewhere"}
@@ -726,31 +692,24 @@ def test_a_checkpoint_names_no_module_and_no_path(source, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["payload.py", "run"], done.stderr
 
 
-def test_foreign_checkpoints_and_heads_are_named_in_one_line(module, script, source, tmp_path):
-    def refused(function, *args, says):
-        with pytest.raises(SystemExit) as error:
-            function(*args)
-        assert says in error.value.code and "\n" not in error.value.code, error.value.code
-
-    path, checkpoint = source(script)
-    state, meanings = checkpoint["q_network"], checkpoint["action_meanings"]
-    torch.save({"weights": [1, 2]}, tmp_path / "other.pt")
-    torch.save({name: tensor[..., :1].clone() for name, tensor in state.items()}, tmp_path / "smaller.pt")
-    torch.save(state, tmp_path / "bare.pt")
-    refused(module.load_checkpoint, str(tmp_path / "other.pt"), says="is not a checkpoint of a Q-network")
-    for name, keep_head, mine, says in (
-        ("smaller", False, meanings, "another architecture: size mismatch for network.7"),
-        ("bare", True, meanings, "actions are unknown"),
-        (path, True, ["LEFT", "RIGHT", "STAY"], "'LEFT'"),
+def test_foreign_checkpoints_and_heads_are_named_in_one_line(source, tmp_path):
+    _path, checkpoint = source("dqv_atari")
+    smaller = {name: tensor[..., :1].clone() for name, tensor in checkpoint["q_network"].items()}
+    for content, flags, says in (
+        ({"weights": [1, 2]}, [], "is not a checkpoint of a Q-network"),
+        (smaller, [], "another architecture: size mismatch for network.7"),
+        (checkpoint["q_network"], ["--keep-head"], "its actions are unknown, those of this game ['LEFT'"),
     ):
-        args = module.Args(pretrained=str(path if name == path else tmp_path / f"{name}.pt"), keep_head=keep_head)
-        loaded = module.load_checkpoint(args.pretrained)
-        refused(module.transfer, args, {"q_network": module.QNetwork(3, 4)}, loaded, mine, says=says)
+        torch.save(content, tmp_path / "other.pt")
+        flags = [*CATCH.split(), "--pretrained", tmp_path / "other.pt", *flags]
+        done = run("dqv_atari.py", *flags, cwd=tmp_path, check=False)
+        assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 # -------------------------------------------------------------------------------------------------------- copy-alone
 
 
+@pytest.mark.parametrize("script", ["dqv_max_atari"])
 def test_the_script_runs_alone_on_a_real_game(script, tmp_path):
     shutil.copy(ROOT / f"{script}.py", tmp_path)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
@@ -765,16 +724,16 @@ def test_the_script_runs_alone_on_a_real_game(script, tmp_path):
     for tag in ("charts/episodic_return", "eval/episodic_return"):  # raw scores, not clipped ones
         assert all(value % 10 == 0 for _, value in logged[tag]) and max(logged[tag])[1] > 0
     assert torch.load(folder / f"{script}.pt")["updates"] > 10 and list(folder.glob("eval_*.gif"))
-    missing = subprocess.run([*command, "--env-id", "catch_env:Catch-v0"], capture_output=True, **options)
+    missing = subprocess.run([*command, "--env-id", "catch_env:Catch-v0"], check=False, capture_output=True, **options)
     assert missing.returncode == 1 and missing.stderr.strip().count("\n") == 0
-    assert "cannot import catch_env, put catch_env.py beside this script" in missing.stderr
+    assert "No module named 'catch_env'" in missing.stderr
 
 
 # -------------------------------------------------------------------------------------------- CUDA, without a GPU
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_no_autograd_node_outlives_a_call_of_what_is_captured(script, module, monkeypatch, frozen):
+def test_no_autograd_node_outlives_a_call_of_what_is_captured(module, monkeypatch, frozen):
     """A parameter's AccumulateGrad node remembers its stream; a stale one makes CUDA refuse the capture."""
 
     class Graph:
@@ -784,12 +743,11 @@ def test_no_autograd_node_outlives_a_call_of_what_is_captured(script, module, mo
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    networks = [module.QNetwork(n, narrow=4) for n in ((3,) if script == "ddqn_atari" else (3, 1))]
+    networks, target, extra = learner(module)
     for network in networks:
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(not frozen or name in module.head_names(network))
-    args, target = module.Args(), module.QNetwork(1 if script == "dqv_atari" else 3, narrow=4)
-    optimizers = [module.make_optimizer(args, "rmsprop", network, 1e-3) for network in networks]
+    optimizers = [module.make_optimizer(module.Args(), "rmsprop", network, 1e-3) for network in networks]
     obs = torch.randint(256, (4, 4, 84, 84), dtype=torch.uint8)
     batch = obs, torch.tensor([0, 1, 2, 0]), torch.ones(4), obs, torch.zeros(4, dtype=torch.bool)
     trained = [parameter for network in networks for parameter in network.parameters() if parameter.requires_grad]
@@ -797,9 +755,7 @@ def test_no_autograd_node_outlives_a_call_of_what_is_captured(script, module, mo
 
     def update():
         stale = [edge(parameter).node.metadata.get("tag") for parameter in trained]
-        module.learn(
-            batch, 0.99, *networks, target, *optimizers, **({"double": True} if script == "ddqn_atari" else {})
-        )
+        module.learn(batch, 0.99, *networks, target, *optimizers, **extra)
         for parameter in trained:
             edge(parameter).node.metadata["tag"] = len(calls)
         calls.append(stale)
@@ -812,17 +768,16 @@ def test_no_autograd_node_outlives_a_call_of_what_is_captured(script, module, mo
     assert not torch.equal(before, trained[0])
 
 
-def test_sampling_and_learning_read_no_value_on_the_host(script, module, monkeypatch):
+def test_sampling_and_learning_read_no_value_on_the_host(module, monkeypatch):
     """On the meta device whoever looks at a value, or mixes in a tensor of the CPU, gets an error."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which does not know this device
     replay = module.Replay(100, 4, torch.device("meta"))
     replay.store()
     batch = replay.sample(8)
-    networks = [module.QNetwork(n).to("meta") for n in ((3,) if script == "ddqn_atari" else (3, 1))]
-    target = module.QNetwork(1 if script == "dqv_atari" else 3).to("meta")
+    networks, target, extra = learner(module)
+    networks, target = [network.to("meta") for network in networks], target.to("meta")
     for name in ("rmsprop", "sgd"):
         optimizers = [module.make_optimizer(module.Args(), name, network, 1e-3) for network in networks]
-        extra = {"double": True} if script == "ddqn_atari" else {}
         logged = module.learn(batch, 0.99, *networks, target, *optimizers, **extra)
         assert logged.device.type == "meta" and logged.shape == (len(module.LOSSES),)
 
@@ -848,23 +803,16 @@ def test_optimizers_keep_their_state_on_the_device(shared, name):
 def test_captured_and_eager_updates_agree_on_cuda(script, tmp_path, toy_flags, flags):
     env, results = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}, []
     for graphs in ("--cudagraphs", "--no-cudagraphs"):
-        logdir = graphs.strip("-")
-        command = [sys.executable, str(ROOT / f"{script}.py"), *toy_flags, "--logdir", logdir, graphs]
         # random actions, so that rounding cannot change the data
-        command += ["--start-e", "1", "--end-e", "1", "--total-timesteps", "1900"]
-        command += [flag for flag in flags if flag != "--resume"]
-        subprocess.run(command, cwd=tmp_path, env=env, check=True)
+        same = ["--start-e", "1", "--end-e", "1", "--total-timesteps", "1900"] + [
+            flag for flag in flags if flag != "--resume"
+        ]
+        command = [sys.executable, str(ROOT / f"{script}.py"), "--logdir", graphs[2:], graphs]
+        subprocess.run([*command, *toy_flags, *same], cwd=tmp_path, env=env, check=True)
+        folder = only_run(tmp_path / graphs[2:])
         if "--resume" in flags:
-            more = [
-                "--resume",
-                str(only_run(tmp_path / logdir)),
-                "--env-id",
-                "toy_env:Toy-v0",
-                "--total-timesteps",
-                "2600",
-            ]
-            subprocess.run([*command[:2], *more, graphs], cwd=tmp_path, env=env, check=True)
-        folder = only_run(tmp_path / logdir)
+            more = ["--resume", str(folder), "--env-id", "toy_env:Toy-v0", "--total-timesteps", "2600"]
+            subprocess.run([*command, *more], cwd=tmp_path, env=env, check=True)
         results.append((torch.load(folder / f"{script}.pt", map_location="cpu"), scalars(folder)))
     (captured, logged), (eager, eager_logged) = results
     assert captured["updates"] == eager["updates"] >= 200
