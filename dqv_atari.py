@@ -254,9 +254,10 @@ class Replay:
         # Not to be drawn: the newest row, whose successor is yet to come, and three whose stacks are overwritten.
         self.rows, self.num_envs = -(-capacity // num_envs) + 4, num_envs
         self.slots = self.rows * num_envs
-        self.frames = torch.zeros((self.slots, 84 * 84), dtype=torch.uint8, device=device)
+        # Empty: a CPU gives memory to the frames that are written, and what was not is never read.
+        self.frames = torch.empty((self.slots, 84 * 84), dtype=torch.uint8, device=device)
         # columns: slot, action, reward, done, age (earlier frames of the episode, at most 3); last line: a waste bin
-        self.transitions = torch.zeros((self.slots + 1, 5), dtype=torch.float64, device=device)
+        self.transitions = torch.empty((self.slots + 1, 5), dtype=torch.float64, device=device)
         self.row, self.first, self.count, self.counts, self.age = -1, 0, 0, deque(), np.zeros(num_envs)
         # the newest observations; for each game: place in `transitions`, the five columns, new slot, 1 if it goes on
         self.obs = torch.zeros((num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
@@ -498,8 +499,7 @@ if __name__ == "__main__":
     while not path and os.path.exists(run_dir):
         run_dir += "-2"  # two runs that start in the same second
     checkpoint_path, global_step = path or f"{run_dir}/{args.exp_name}.pt", checkpoint.get("global_step", 0)
-    slots = args.total_timesteps * 5 // 4  # with autoresets; more than the run needs would be touched in vain
-    rb = Replay(min(args.buffer_size, slots), args.num_envs, device)
+    rb = Replay(args.buffer_size, args.num_envs, device)
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if path else None)
     if args.track:
         import wandb

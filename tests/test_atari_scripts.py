@@ -342,11 +342,10 @@ def test_same_seed_same_scalars_with_and_without_evaluation(script, source, tmp_
 
 
 def test_the_papers_sequential_agent_with_another_seed(script, source, tmp_path, toy_flags):
-    flags = ["--num-envs", 1, "--total-timesteps", 300, "--eval-episodes", 1, "--seed", 2, "--buffer-size", 400_000]
-    done = run(f"{script}.py", *toy_flags, *flags, cwd=tmp_path)
+    flags = ["--num-envs", 1, "--total-timesteps", 300, "--eval-episodes", 1, "--seed", 2]
+    run(f"{script}.py", *toy_flags, *flags, cwd=tmp_path)
     checkpoint = torch.load(only_run(tmp_path / "runs") / f"{script}.pt")
     assert checkpoint["global_step"] == 300 and checkpoint["updates"] == 12
-    assert len(done.variables["rb"].frames) == 379  # no more memory than there are steps, with autoresets
     theirs = source(script)[1]["q_network"]["network.0.weight"]
     assert not torch.allclose(checkpoint["q_network"]["network.0.weight"], theirs, atol=0.02)
 
