@@ -13,9 +13,11 @@ detect() {
     --test-annotations instances_test.json --arch $arch --backbone mobilenet_v2 --weights mobilenet_v2.pth \
     --image-size 192 --workers 0 --optimizer adam --learning-rate 3e-4 --epochs $epochs --exp-name $name "$@"
 }
+# with finetune_detect.py of commit cca0870, the last that has SSD on other backbones than torchvision's
 detect ssd-fine-tune ssd 25 --strategy fine-tune
 detect ssd-off-the-shelf ssd 25 --strategy off-the-shelf
 detect ssd-scratch ssd 25 --strategy scratch
+# with today's
 detect fasterrcnn-fine-tune fasterrcnn 15 --strategy fine-tune
 for arch in yolov3 fcos retinanet; do detect $arch-fine-tune $arch 15 --strategy fine-tune; done
 detect fastrcnn-fine-tune fastrcnn 15 --strategy fine-tune --proposals proposals.json
