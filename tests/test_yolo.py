@@ -77,7 +77,7 @@ def run_darknet(path, layers, x):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """yolov3.weights and darknet53.conv.74 of random numbers that keep activations of ordinary size."""
-    folder, rng, widths = tmp_path_factory.mktemp("weights"), np.random.default_rng(0), [3]
+    folder, rng, widths, starts = tmp_path_factory.mktemp("weights"), np.random.default_rng(0), [3], []
     normal = rng.standard_normal(5_000_000, dtype=np.float32)
 
     def draw(n, shift, scale):
@@ -86,8 +86,8 @@ def files(tmp_path_factory):
 
     with open(folder / "yolov3.weights", "wb") as file:
         np.array([0, 2, 0, 32_013_312, 0], dtype="<i4").tofile(file)  # version, and number of images seen
-        for i, (kind, *values) in enumerate(yolov3_cfg()):
-            backbone = file.tell() if i <= 75 else backbone
+        for kind, *values in yolov3_cfg():
+            starts.append(file.tell())
             channels = widths[-1]
             if kind == "conv":
                 filters, size, _, normalised = values
@@ -99,7 +99,7 @@ def files(tmp_path_factory):
                 channels = sum(widths[value if value < 0 else value + 1] for value in values)
             widths.append(channels)
     with open(folder / "yolov3.weights", "rb") as file:
-        (folder / "darknet53.conv.74").write_bytes(file.read(backbone))
+        (folder / "darknet53.conv.74").write_bytes(file.read(starts[75]))
     yield folder
     for name in os.listdir(folder):  # 410 MB
         os.remove(folder / name)
