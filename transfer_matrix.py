@@ -12,6 +12,7 @@
 # dependencies = ["numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.18", "matplotlib>=3.8"]
 # ///
 import csv
+import glob
 import os
 import re
 import shlex
@@ -122,20 +123,27 @@ class Run:
     checkpoint: str  # the file that it writes into its folder
     flags: dict[str, str]  # the hyper-parameters that it logged
     curves: dict[str, np.ndarray]  # {tag: float64 (points, 2) with agent steps, ascending, and values}
-    total: int  # its --total-timesteps
     algorithm: str
     mode: str  # scratch, fine-tuning, only-head or hybrid
     source: str  # the game of --pretrained, "" from scratch
     target: str
     seed: int
+    total: int  # its --total-timesteps
+
+    def lacks(self, metric: str) -> str:
+        """Why its curve of `metric` is not complete, "" if it is."""
+        steps = self.curves[metric][:, 0]
+        if len(steps) < 2:
+            return f"it has {len(steps)} points of {metric}, at least 2 are needed"
+        return "" if steps[-1] >= 0.99 * self.total else f"incomplete, {steps[-1]:,.0f} of {self.total:,} steps"
 
 
 # Flags in which runs may differ that are compared: they do not change what is learned, or stand in the fields above
 FREE = """algorithm architecture double dueling env_id exp_name seed pretrained pretrained_env_id pretrained_head
     keep_head head_fraction freeze_features cuda cudagraphs logdir resume evaluate track capture_video eval_frequency
-    checkpoint_frequency buffer_device save_buffer torch_deterministic wandb_project_name wandb_entity"""
-FLAGS_TAG = "hyperparameters/text_summary"
-ALGORITHMS = {"ddqn_atari": "DDQN", "dqv_atari": "DQV", "dqv_max_atari": "DQV-Max"}
+    checkpoint_frequency"""
+LENGTH, FLOAT = struct.Struct("<Q"), struct.Struct("<f")
+RESUMED = Event(session_log=SessionLog(status=SessionLog.START)).SerializeToString()
 
 
 def game(env_id: str) -> str:
@@ -147,37 +155,32 @@ def game(env_id: str) -> str:
 def read_run(folder: str, tags: list[str]) -> Run:
     """The run in `folder` with its curves of `tags`, or an error that says why there is none."""
     flags, points = {}, {tag: [] for tag in tags}
-    resumed = Event(session_log=SessionLog(status=SessionLog.START)).SerializeToString()
-    names = [bytes([len(tag)]) + tag.encode() for tag in [*tags, FLAGS_TAG]]
-    wanted = re.compile(b"|".join(map(re.escape, [resumed, *names])))
-    for name in sorted(name for name in os.listdir(folder) if "tfevents" in name):
-        with open(os.path.join(folder, name), "rb") as file:
+    before = {tag: b"\n%c%b\x15" % (len(tag), tag.encode()) for tag in tags}  # the tag's field, the value's key
+    for path in sorted(glob.glob(f"{glob.escape(str(folder))}/*tfevents*")):
+        with open(path, "rb") as file:
             buffer = file.read()
-        start = 12
-        while start <= len(buffer):  # a record: length (8 bytes), CRC (4), event (decoded if a tag is in it), CRC (4)
-            end = start + struct.unpack_from("<Q", buffer, start - 12)[0]
-            if end + 4 > len(buffer):
-                break  # cut off, or still being written
-            if match := wanted.search(buffer, start, end):
-                event = Event.FromString(buffer[start:end])
-                if match.end() + 5 == end:  # the value is all that follows the tag: read faster than by the summary
-                    points[match[0][1:].decode()].append((event.step, *struct.unpack_from("<f", buffer, end - 4)))
-                elif match[0] == resumed and event.session_log.status == SessionLog.START:
-                    points = {tag: [point for point in points[tag] if point[0] < event.step] for tag in tags}
-                for value in event.summary.value if match.end() + 5 < end else ():
-                    if value.tag in points:
-                        points[value.tag].append((event.step, value.simple_value))
-                    elif value.tag == FLAGS_TAG:
-                        rows = value.tensor.string_val[0].decode().splitlines()[2:]
-                        flags |= dict(row[1:-1].split("|", 1) for row in rows)
+        start = 12  # a record: length of the event (8 bytes), checksum (4), event, checksum (4); the last may be cut
+        while start <= len(buffer) and (end := start + LENGTH.unpack_from(buffer, start - 12)[0]) < len(buffer):
+            for tag, key in before.items():
+                if (at := buffer.find(key, start, end)) >= 0:  # only the step is left to the parser: it is slow
+                    step = Event.FromString(buffer[start:end]).step
+                    points[tag].append((step, *FLOAT.unpack_from(buffer, at + len(key))))
+                    break
+            else:
+                if buffer.find(b"hyperparameters/text_summary", start, end) >= 0:
+                    text = Event.FromString(buffer[start:end]).summary.value[0].tensor.string_val[0].decode()
+                    flags |= dict(row[1:-1].split("|", 1) for row in text.splitlines()[2:])
+                elif buffer.find(RESUMED, start, end) >= 0:
+                    event = Event.FromString(buffer[start:end])
+                    if event.session_log.status == SessionLog.START:
+                        points = {tag: [point for point in points[tag] if point[0] < event.step] for tag in tags}
             start = end + 16
-    if not {"env_id", "seed", "exp_name"} <= set(flags):
-        raise ValueError("it has logged no hyper-parameters with env_id, seed and exp_name")
-    if not "".join([str(folder), *flags.values()]).isprintable() or "/" in flags["exp_name"]:
-        raise ValueError("control characters in the folder's name or in its hyper-parameters, or a slash in exp_name")
+    if not {"algorithm", "env_id", "seed", "exp_name"} <= set(flags):
+        raise ValueError("it has logged no hyper-parameters with algorithm, env_id, seed and exp_name")
+    if not "".join([str(folder), *flags.values()]).isprintable():
+        raise ValueError("control characters in the folder's name or in its hyper-parameters")
     logged = defaultdict(lambda: "None", flags)
-    flags["algorithm"] = algorithm = flags.get("algorithm") or ALGORITHMS.get(flags["exp_name"], flags["exp_name"])
-    algorithm = "DQN" if algorithm == "DDQN" and logged["double"] == "False" else algorithm
+    algorithm = "DQN" if flags["algorithm"] == "DDQN" and logged["double"] == "False" else flags["algorithm"]
     algorithm = "Dueling " * (logged["dueling"] == "True") + algorithm
     algorithm += f" {logged['architecture']}" if logged["architecture"] not in ("None", "separate") else ""
     mode, source = "scratch", ""
@@ -188,13 +191,9 @@ def read_run(folder: str, tags: list[str]) -> Run:
         mode += ", head kept" if logged["keep_head"] == "True" else ""
         mode += f", {logged['head_fraction']} of the head" if float(flags.get("head_fraction", 0)) else ""
     identity = algorithm, mode, source, game(flags["env_id"]), int(flags["seed"])
-    checkpoint, total = os.path.join(folder, f"{flags['exp_name']}.pt"), int(float(flags.get("total_timesteps", 0)))
     curves = {tag: np.array(sorted(points[tag])).reshape(-1, 2) for tag in tags}
-    return Run(checkpoint, flags, curves, total, *identity)
-
-
-def skip(folder: str, reason: object) -> None:
-    print(f"skipped {folder if folder.isprintable() else ascii(folder)}: {reason}", file=sys.stderr)
+    checkpoint = os.path.join(folder, f"{flags['exp_name']}.pt")
+    return Run(checkpoint, flags, curves, *identity, int(float(flags.get("total_timesteps", 0))))
 
 
 def read_runs(logdir: str, tags: list[str]) -> list[Run]:
@@ -205,27 +204,24 @@ def read_runs(logdir: str, tags: list[str]) -> list[Run]:
         try:
             runs.append(read_run(folder, tags))
         except Exception as error:  # noqa: BLE001  whatever one run holds, the others have their table
-            skip(folder, error)
+            print(f"skipped {folder!a}: {error}", file=sys.stderr)
     return runs
 
 
-def finished_runs(logdir: str, metric: str, others: list[str] | None = None) -> dict[tuple, dict[int, Run]]:
-    """{(algorithm, mode, source, target): {seed: the newest complete run with `metric`}}, in order.
+def finished_runs(args: Args, others: tuple[str, ...] = ()) -> dict[tuple, dict[int, Run]]:
+    """{(algorithm, mode, source, target): {seed: the newest complete run}}, in order, with the curves of `others` too.
 
     Where runs of an algorithm on a game differ in further flags, these become part of the algorithm's name.
     """
     complete, groups, arms = [], defaultdict(list), defaultdict(dict)
-    for run in read_runs(logdir, [metric, *(others or [])]):
-        steps = run.curves[metric][:, 0]
-        if len(steps) < 2:
-            skip(os.path.dirname(run.checkpoint), f"it has {len(steps)} points of {metric}, at least 2 are needed")
-        elif steps[-1] < 0.99 * run.total:  # other programs log their last point a little before the end
-            skip(os.path.dirname(run.checkpoint), f"incomplete, {steps[-1]:,.0f} of {run.total:,} steps")
+    for run in read_runs(args.logdir, [args.metric, *others]):
+        if reason := run.lacks(args.metric):
+            print(f"skipped {os.path.dirname(run.checkpoint)!a}: {reason}", file=sys.stderr)
         else:
             complete.append(run)
             groups[run.algorithm, run.target].append(run)
     if not complete:
-        sys.exit(f"--logdir {logdir}: no complete run with {metric} in it")
+        sys.exit(f"--logdir {args.logdir}: no complete run with {args.metric} in it")
     for runs in groups.values():
         for name in sorted(set().union(*(run.flags for run in runs)) - set(FREE.split())):
             if len({run.flags.get(name) for run in runs}) > 1:
@@ -234,7 +230,7 @@ def finished_runs(logdir: str, metric: str, others: list[str] | None = None) -> 
     for run in sorted(complete, key=lambda run: run.seed):
         arm = arms[run.algorithm, run.mode, run.source, run.target]
         if run.seed in arm:
-            skip(os.path.dirname(arm[run.seed].checkpoint), f"the same experiment and seed as {run.checkpoint}, newer")
+            print(f"skipped {arm[run.seed].checkpoint!a}: {run.checkpoint} is the same, newer", file=sys.stderr)
         arm[run.seed] = run
     return dict(sorted(arms.items()))
 
@@ -292,9 +288,9 @@ def compare(scratch: dict[int, Run], transfer: dict[int, Run], metric: str) -> d
     if reference > old.mean():  # FT of curves scaled to random play 0 and the reference 1; random play cancels out
         change, low, high = relative_change(reference - new, reference - old)
         cell |= {"FT": -change, "FT_low": -high, "FT_high": -low}
-    gain = curves[len(seeds) :].mean(axis=0) - curves[: len(seeds)].mean(axis=0)
+    before, after = (half.mean(axis=0) for half in np.split(curves, 2))
     late = grid >= grid[0] + 0.9 * (grid[-1] - grid[0])
-    cell |= {"jumpstart": gain[0].round(6), "asymptotic": gain[late].mean().round(6)}
+    cell |= {"jumpstart": (after - before)[0].round(6), "asymptotic": (after - before)[late].mean().round(6)}
     return cell | {"mean_transfer": new.mean(), "mean_scratch": old.mean()}
 
 
@@ -320,14 +316,13 @@ def write(rows: list[dict], format: str, file: IO | None = None) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [names, *([str(row.get(name, "")) for name in names] for row in rows)]
     if format == "csv":
-        csv.writer(file or sys.stdout, lineterminator="\n").writerows(lines)
-    else:
-        lines.insert(1, ["---"] * len(names))
-        print("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n", file=file)
+        return csv.writer(file or sys.stdout, lineterminator="\n").writerows(lines)
+    lines.insert(1, ["---"] * len(names))
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n", file=file)
 
 
 def table(args: Args) -> None:
-    cells = all_cells(finished_runs(args.logdir, args.metric), args.metric)
+    cells = all_cells(finished_runs(args), args.metric)
     if not cells:
         sys.exit(f"--logdir {args.logdir}: no run with --pretrained in it, there is nothing to compare")
     if args.format == "csv":
@@ -339,9 +334,9 @@ def table(args: Args) -> None:
         for cell in group:
             text = shown(cell, "R") + ("" if np.isnan(cell["published"]) else f" (published {cell['published']:+.3f})")
             rows.setdefault(cell["from"], {"from": cell["from"]} | dict.fromkeys(targets, "–"))[cell["target"]] = text
+            place = {"from": cell["from"], "to": cell["target"], "n": cell["n"], "FT": shown(cell, "FT")}
             gains = {name: f"{cell[name]:+.4g}" for name in ("jumpstart", "asymptotic")}
-            place = {"from": cell["from"], "to": cell["target"], "n": cell["n"]}
-            details.append(place | {"FT": shown(cell, "FT")} | gains | {"note": cell["note"]})
+            details.append(place | gains | {"note": cell["note"]})
         print(f"### {group[0]['algorithm']}: area ratio R, from (rows) to (columns)\n")
         write(list(rows.values()), "markdown")
         print(f"### {group[0]['algorithm']}: forward transfer FT; transfer minus scratch at the start and the end\n")
@@ -349,11 +344,8 @@ def table(args: Args) -> None:
 
 
 def scores(args: Args) -> None:
-    rows, normalised = (
-        {name: {"game": name} | dict(zip(COLUMNS, row)) for name, row in SCORES.items()},
-        defaultdict(list),
-    )
-    for (algorithm, mode, _, target), arm in finished_runs(args.logdir, args.metric).items():
+    rows, normalised = {name: {"game": name} | dict(zip(COLUMNS, row)) for name, row in SCORES.items()}, {}
+    for (algorithm, mode, _, target), arm in finished_runs(args).items():
         if mode == "scratch":
             values = np.array([run.curves[args.metric][-1, 1] for run in arm.values()])
             mean, low, high = (1 + change for change in relative_change(values, np.ones(len(values))))
@@ -363,7 +355,7 @@ def scores(args: Args) -> None:
             if target in SCORES:
                 shares = (values - row["random"]) / (row["human"] - row["random"])
                 row[f"{algorithm}, of human"] = f"{shares.mean():.1%}"
-                normalised[algorithm].extend(shares)
+                normalised.setdefault(algorithm, []).extend(shares)
     write(list(rows.values()), args.format)
     if args.format == "markdown":
         print("Ours: mean of the last evaluations [95 % interval]. Random and human scores are those of Mnih et al.")
@@ -374,6 +366,7 @@ def scores(args: Args) -> None:
 
 
 # Planning ------------------------------------------------------------------------------------------------------------
+ALGORITHMS = {"ddqn_atari.py": "DDQN", "dqv_atari.py": "DQV", "dqv_max_atari.py": "DQV-Max"}
 STAGES = {  # {stage: [(mode, {flag: mode of the run that it names})]}
     "source": [("scratch", {})],
     "transfer": [("fine-tuning", {"pretrained": "scratch"})],
@@ -383,68 +376,52 @@ STAGES = {  # {stage: [(mode, {flag: mode of the run that it names})]}
 }
 
 
-def flags_of(text: str) -> dict[str, str]:
-    """{hyper-parameter: value} of flags as given on a command line; `--no-x` is x False."""
-    found = re.findall(r"--(no-)?([\w-]+)(?:[ =]+(?!--)(\S+))?", text)
-    return {name.replace("-", "_"): value or str(not off) for off, name, value in found}
-
-
-def equal(one: str, other: str) -> bool:
-    try:
-        return float(one) == float(other)
-    except ValueError:
-        return one == other
+def number(text: str) -> float | str:
+    return float(text) if re.fullmatch(r"[\d.]+(e-?\d+)?", text) else text
 
 
 def plan(args: Args) -> None:
-    games, script = {env_id: game(env_id) for env_id in args.env_ids}, os.path.basename(args.script).removesuffix(".py")
+    games = {env_id: game(env_id) for env_id in args.env_ids}
     if not games or not set(args.targets) <= set(games):
         sys.exit(f"--env-ids names the games, --targets some of these: {' '.join(set(args.targets) - set(games))}")
     runs = [run for run in read_runs(args.logdir, [args.metric]) if os.path.isfile(run.checkpoint)]
+    usual = {"algorithm": ALGORITHMS.get(os.path.basename(args.script), args.script), "double": "True"}
+    usual |= {"architecture": "separate", "dueling": "False", "terminal": "True"}
 
-    def find(flags: str) -> dict[tuple, list[Run]]:
-        """{(mode, source, target, seed): runs with these flags and else of the algorithm proper, oldest first}."""
-        wanted = {"algorithm": ALGORITHMS.get(script, script), "double": "True", "architecture": "separate"}
-        wanted, found = wanted | {"dueling": "False", "terminal": "True"} | flags_of(flags), defaultdict(list)
-        for run in runs:
-            if all(equal(run.flags.get(name, value), value) for name, value in wanted.items()):
-                found[run.mode, run.source, run.target, run.seed].append(run)
-        return found
+    def find(flags: str, *identity: str | int) -> list[Run]:
+        """Runs with these flags, of the algorithm proper where they say nothing else, oldest first."""
+        given = re.findall(r"--(no-)?([\w-]+)(?:[ =]+(?!--)(\S+))?", flags)
+        wanted = usual | {name.replace("-", "_"): value or str(not off) for off, name, value in given}
+        same = [run for run in runs if (run.mode, run.source, run.target, run.seed) == identity]
+        return [run for run in same if all(number(run.flags.get(k, v)) == number(v) for k, v in wanted.items())]
 
-    def finished(run: Run) -> bool:
-        return max(run.curves[args.metric][:, 0], default=-1) >= run.total
-
-    found, sources, commands, missing = find(args.args), find(args.source_args or args.args), [], []
+    commands, missing = [], []
     origins = [""] if args.stage == "source" else games.values()
     for env_id, seed, (mode, needs), origin in product(args.targets or games, args.seeds, STAGES[args.stage], origins):
         if origin and (origin == games[env_id]) != (args.stage in ("self-transfer", "hybrid")):
             continue
         command = ["python", args.script, "--env-id", env_id, "--seed", str(seed), "--logdir", args.logdir]
-        mine = found[mode, origin, games[env_id], seed]
+        mine = find(args.args, mode, origin, games[env_id], seed)
         for flag, needed in needs.items():
-            starts = sources[needed, "" if needed == "scratch" else origin, origin, seed]
-            starts = [run.checkpoint for run in starts if finished(run)]
+            starts = find(args.source_args or args.args, needed, "" if needed == "scratch" else origin, origin, seed)
+            starts = [run.checkpoint for run in starts if not run.lacks(args.metric)]
             missing += [] if starts else [f"{origin}, {needed}, seed {seed}"]
             command += [f"--{flag.replace('_', '-')}", *starts[-1:]]
-            # A run that began from another network, a former one of the game, say, is another experiment. The flag
-            # names a run's folder or what it holds, wherever that was then
-            folders = {path.split("/")[-2] for path in starts}
-            mine = [run for run in mine if folders & set(run.flags[flag].split("/"))]
+            folders = [path.split("/")[-2] for path in starts]  # who began from another network is another experiment
+            mine = [run for run in mine if any(folder in run.flags[flag] for folder in folders)]
         if not mine:
             commands.append(command + ["--freeze-features"] * (mode == "only-head") + shlex.split(args.args))
-        elif not any(map(finished, mine)):
+        elif all(run.lacks(args.metric) for run in mine):
             commands.append(["python", args.script, "--resume", mine[-1].checkpoint])
     if missing:
-        lacking = "; ".join(dict.fromkeys(missing))
-        sys.exit(f"--stage {args.stage}: --logdir {args.logdir} lacks complete runs: {lacking}")
+        sys.exit(f"--logdir {args.logdir} lacks complete runs: {'; '.join(dict.fromkeys(missing))}")
     print("".join(f"{shlex.join(command)}\n" for command in commands), end="")
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
-TAGS = [
-    f"eval/{name}" for name in ("max_q", "discounted_return", "caught", "v_minus_max_q", "dead_units", "feature_rank")
-]
-PANELS = ["eval/max_q - eval/discounted_return", *TAGS[3:]]
+LOGGED = ["eval/v_minus_max_q", "eval/dead_units", "eval/feature_rank"]
+TAGS = ["eval/max_q", "eval/discounted_return", "eval/caught", *LOGGED]
+PANELS = ["eval/max_q - eval/discounted_return", *LOGGED]
 STYLES = {"scratch": "-", "fine-tuning": "-", "only-head": "--", "hybrid": ":"}
 
 
@@ -488,25 +465,25 @@ def draw_curves(title: str, arms: dict[str, list[Run]], tags: list[str], colours
 
 
 def plot(args: Args) -> None:
-    arms, rows, colours = finished_runs(args.logdir, args.metric, TAGS), [], {"": "black"}
+    arms, rows, colours = finished_runs(args, TAGS), [], {"": "black"}
     runs = [run for arm in arms.values() for run in arm.values()]
-    os.makedirs(args.out, exist_ok=True)
     for run in runs:
         fields = {name: getattr(run, name) for name in ("algorithm", "mode", "source", "target", "seed")}
-        points = {tag: dict(curve) for tag, curve in run.curves.items()}
-        for step in sorted(set().union(*points.values())):
-            values = {tag: f"{curve[step]:.6g}" for tag, curve in points.items() if step in curve}
-            rows.append(fields | {"step": int(step)} | values)
+        values = defaultdict(dict)
+        for tag, curve in run.curves.items():
+            for step, value in curve:
+                values[int(step)][tag] = f"{value:.6g}"
+        rows += [fields | {"step": step} | values[step] for step in sorted(values)]
         estimate, outcome = run.curves["eval/max_q"], run.curves["eval/discounted_return"]
         known = len(estimate) == len(outcome)
         run.curves[PANELS[0]] = np.c_[estimate[:, 0], estimate[:, 1] - outcome[:, 1]] if known else estimate[:0]
+    os.makedirs(args.out, exist_ok=True)
     with open(os.path.join(args.out, "curves.csv"), "w", newline="") as file:
         write(rows, "csv", file)
     for names in ({run.algorithm for run in runs}, {run.source for run in runs} - {""}):  # equal in all pictures
         colours |= {name: f"C{i}" for i, name in enumerate(sorted(names))}
-    pictures, figures = {}, defaultdict(dict)  # {title: {label: runs}}
-    for cells in all_cells(arms, args.metric):
-        pictures[f"matrix {cells[0]['algorithm']}"] = draw_matrix(cells)
+    pictures = {f"matrix {cells[0]['algorithm']}": draw_matrix(cells) for cells in all_cells(arms, args.metric)}
+    figures = defaultdict(dict)  # {title: {label: runs}}
     for (algorithm, mode, source, target), arm in sorted(arms.items(), key=lambda arm: arm[0][2]):
         label = f"{mode} from {source}" if source else "from scratch"
         figures[f"{algorithm} on {target}"][label] = list(arm.values())

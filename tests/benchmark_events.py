@@ -22,7 +22,9 @@ RUNS, POINTS, TAG = 300, 10_000, "charts/episodic_return"
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as logdir:
         with SummaryWriter(f"{logdir}/0") as writer:
-            writer.add_text("hyperparameters", "|param|value|\n|-|-|\n|env_id|ALE/Pong-v5|\n|seed|1|\n|exp_name|x|")
+            writer.add_text(
+                "hyperparameters", "|param|value|\n|-|-|\n|algorithm|DQN|\n|env_id|ALE/Pong-v5|\n|seed|1|\n|exp_name|x|"
+            )
             for i in range(POINTS):
                 writer.add_scalar(TAG, i % 40, i * 250)
         for run in range(1, RUNS):
