@@ -12,7 +12,6 @@
 # dependencies = ["numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.18", "matplotlib>=3.8"]
 # ///
 import csv
-import glob
 import os
 import re
 import shlex
@@ -21,6 +20,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import IO, Literal
 
 import numpy as np
@@ -48,9 +48,8 @@ class Args:
 
 
 # Published results ---------------------------------------------------------------------------------------------------
-# Slides and thesis, rows are sources (fine-tuning, where nothing else is said), columns targets; the Catch games by the
-# names of the thesis' text, since the table itself calls Catch-v1 (small paddle) v4. The hybrid's figures are from the
-# author's curves, of which those of Catch-v1 are mixed up with Catch-v3's.
+# Slides and thesis, rows are sources (fine-tuning, if nothing else is said), columns targets; Catch-v1 is the table's v4.
+# The hybrid's figures are from the author's curves, of which those of Catch-v1 are mixed up with Catch-v3's.
 MATRICES = {
     "DQV": """
         BankHeist Boxing CrazyClimber Enduro FishingDerby Frostbite Jamesbond MsPacman Pong Zaxxon
@@ -156,9 +155,8 @@ def read_run(folder: str, tags: list[str]) -> Run:
     """The run in `folder` with its curves of `tags`, or an error that says why there is none."""
     flags, points = {}, {tag: [] for tag in tags}
     before = {tag: b"\n%c%b\x15" % (len(tag), tag.encode()) for tag in tags}  # the tag's field, the value's key
-    for path in sorted(glob.glob(f"{glob.escape(str(folder))}/*tfevents*")):
-        with open(path, "rb") as file:
-            buffer = file.read()
+    for path in sorted(Path(folder).glob("*tfevents*")):
+        buffer = path.read_bytes()
         start = 12  # a record: length of the event (8 bytes), checksum (4), event, checksum (4); the last may be cut
         while start <= len(buffer) and (end := start + LENGTH.unpack_from(buffer, start - 12)[0]) < len(buffer):
             for tag, key in before.items():
@@ -167,13 +165,12 @@ def read_run(folder: str, tags: list[str]) -> Run:
                     points[tag].append((step, *FLOAT.unpack_from(buffer, at + len(key))))
                     break
             else:
-                if buffer.find(b"hyperparameters/text_summary", start, end) >= 0:
-                    text = Event.FromString(buffer[start:end]).summary.value[0].tensor.string_val[0].decode()
+                record = buffer[start:end]
+                if b"hyperparameters/text_summary" in record:
+                    text = Event.FromString(record).summary.value[0].tensor.string_val[0].decode()
                     flags |= dict(row[1:-1].split("|", 1) for row in text.splitlines()[2:])
-                elif buffer.find(RESUMED, start, end) >= 0:
-                    event = Event.FromString(buffer[start:end])
-                    if event.session_log.status == SessionLog.START:
-                        points = {tag: [point for point in points[tag] if point[0] < event.step] for tag in tags}
+                elif RESUMED in record and (event := Event.FromString(record)).session_log.status == SessionLog.START:
+                    points = {tag: [point for point in points[tag] if point[0] < event.step] for tag in tags}
             start = end + 16
     if not {"algorithm", "env_id", "seed", "exp_name"} <= set(flags):
         raise ValueError("it has logged no hyper-parameters with algorithm, env_id, seed and exp_name")
@@ -198,8 +195,7 @@ def read_run(folder: str, tags: list[str]) -> Run:
 
 def read_runs(logdir: str, tags: list[str]) -> list[Run]:
     """All runs below `logdir`, oldest first; what is none is named on stderr."""
-    folders = [folder for folder, _, names in os.walk(logdir) if any("tfevents" in name for name in names)]
-    runs = []
+    folders, runs = {str(path.parent) for path in Path(logdir).rglob("*tfevents*")}, []
     for folder in sorted(folders, key=lambda folder: (os.path.getmtime(folder), folder)):
         try:
             runs.append(read_run(folder, tags))
@@ -209,10 +205,7 @@ def read_runs(logdir: str, tags: list[str]) -> list[Run]:
 
 
 def finished_runs(args: Args, others: tuple[str, ...] = ()) -> dict[tuple, dict[int, Run]]:
-    """{(algorithm, mode, source, target): {seed: the newest complete run}}, in order, with the curves of `others` too.
-
-    Where runs of an algorithm on a game differ in further flags, these become part of the algorithm's name.
-    """
+    """{(algorithm, mode, source, target): {seed: the newest complete run}}, in order, with the curves of `others` too."""
     complete, groups, arms = [], defaultdict(list), defaultdict(dict)
     for run in read_runs(args.logdir, [args.metric, *others]):
         if reason := run.lacks(args.metric):
@@ -222,7 +215,7 @@ def finished_runs(args: Args, others: tuple[str, ...] = ()) -> dict[tuple, dict[
             groups[run.algorithm, run.target].append(run)
     if not complete:
         sys.exit(f"--logdir {args.logdir}: no complete run with {args.metric} in it")
-    for runs in groups.values():
+    for runs in groups.values():  # where runs of an algorithm on a game differ in further flags, its name has these
         for name in sorted(set().union(*(run.flags for run in runs)) - set(FREE.split())):
             if len({run.flags.get(name) for run in runs}) > 1:
                 for run in runs:

@@ -206,11 +206,7 @@ def test_runs_with_flags_that_matter_are_other_experiments(tmp_path):
     write(tmp_path, OTHER, [0, 100], [0.6, 0.6], learning_rate=0.2, **pretrained(GAME))
     write(tmp_path, OTHER, [0, 100], [0.7, 0.7], learning_rate=0.3, **pretrained(GAME))
     found = {cell["algorithm"]: cell["R"] for cell in rows_of(tmp_path) if cell["target"] == "Catch-v3"}
-    expected = {
-        "DDQN, learning_rate 0.2": pytest.approx(0.2),
-        "DDQN, learning_rate 0.3": pytest.approx(np.nan, nan_ok=True),
-    }
-    assert found == expected
+    assert found["DDQN, learning_rate 0.2"] == pytest.approx(0.2) and np.isnan(found["DDQN, learning_rate 0.3"])
 
 
 def test_algorithms_and_modes_come_from_the_hyper_parameters(tmp_path):
@@ -273,9 +269,6 @@ def test_broken_runs_are_named_and_the_others_have_their_table(tmp_path):
     assert lines["garbled"] and "'x'" in lines[seed.name] and "'y'" in lines[total.name]
     assert lines["cut"] == lines[growing.name] == "incomplete, 50 of 100 steps"
     assert lines[nothing.name] == f"it has 0 points of {METRIC}, at least 2 are needed"
-
-
-def test_a_folder_without_runs_gets_one_line(tmp_path):
     done = run("transfer_matrix.py", "table", "--logdir", tmp_path / "none", cwd=tmp_path, check=False)
     assert done.returncode == 1 and "no complete run" in done.stderr and done.stderr.count("\n") == 1
 
