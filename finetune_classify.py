@@ -13,26 +13,24 @@
 # ///
 import copy
 import csv
-import inspect
-import multiprocessing
+import io
 import os
 import re
 import signal
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Callable, Iterable, Literal, NoReturn, Optional, Union
+from typing import Literal, NoReturn
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 from torchvision import datasets, models
@@ -46,139 +44,108 @@ class Args:
     seed: int = 1  # seed of the split, the new layers and the order of the images
     cuda: bool = True  # train on CUDA when there is a GPU
     amp: bool = True  # on CUDA, compute in bfloat16 where that is safe (autocast)
-    workers: Optional[int] = None  # processes that read images (None: one a core on CUDA, else up to 4)
-    cache_gb: Optional[float] = None  # keep decoded images on the device up to this size (None: half a GPU; CPU: 2)
+    workers: int | None = None  # processes that read images, 0 for none (None: all cores on CUDA, else up to 4)
+    cache_gb: float | None = None  # keep decoded images on the device up to this size (None: half a GPU; CPU: 2)
     logdir: str = "runs"  # folder in which the run's own folder is made
-    resume: Optional[str] = None  # run (folder or checkpoint) to continue in its folder, with its flags
+    resume: str | None = None  # run (folder or checkpoint) to continue, with its flags unless given anew
     track: bool = False  # mirror the run to Weights and Biases (needs `pip install wandb`)
-    wandb_project_name: str = "deep-transfer-learning"  # the project of the run at Weights and Biases
-    wandb_entity: Optional[str] = None  # the team of the run at Weights and Biases
 
     # Data
-    data_dir: Optional[str] = None  # a folder per class, or train/, val/, test/ of these, or the images of --metadata
-    dataset: Optional[str] = None  # a data set of torchvision by its name, in --data-dir (None: data)
+    data_dir: str | None = None  # a folder per class, or train/, val/, test/ of these, or the images of --metadata
+    dataset: str | None = None  # a data set of torchvision by its name, in --data-dir (None: `data`)
     download: bool = False  # download --dataset first
-    metadata: Optional[str] = None  # CSV with a row per image of --data-dir
+    metadata: str | None = None  # CSV with a row per image of --data-dir
     image_column: str = "ImageId"  # column of --metadata with the file names, with or without extension
     label_column: list[str] = field(default_factory=lambda: ["dc_type"])  # column(s) with labels; each gets a head
     drop_label: list[str] = field(default_factory=lambda: ["anoniem"])  # labels that count as missing, besides empty
-    split_file: Optional[str] = None  # split.csv of an earlier run to use again
+    split_file: str | None = None  # split.csv of an earlier run to use again
     stratify: bool = True  # split every class 80/10/10; `--no-stratify` splits all images at once, as the authors did
-    image_size: Optional[int] = None  # side of the images in pixels (None: what the weights were trained with)
-    balanced_sampling: bool = False  # draw all classes (of the first label) equally often; the papers do not
+    image_size: int | None = None  # side of the images in pixels (None: what the weights were trained with)
 
     # The network
     arch: str = "resnet50"  # a classifier of torchvision, `xception` or `timm:NAME` (both need `pip install timm`)
     strategy: Literal["off-the-shelf", "fine-tune", "scratch"] = "fine-tune"  # new last layer, all, all from random
     weights: str = "IMAGENET1K_V1"  # torchvision's name of the weights, a file with a state dict, or `none`
-    pretrained: Optional[str] = None  # run (folder or checkpoint) to start from instead, all but its heads
-    unfreeze_from: Optional[str] = None  # fine-tune from this module on (`layer4`) and leave all before it frozen
+    pretrained: str | None = None  # run (folder or checkpoint) to start from instead, all but its heads
+    unfreeze_from: str | None = None  # fine-tune from this module on (`layer4`) and leave all before it frozen
 
     # Training
     epochs: int = 100  # passes over the training images, unless --patience ends training first
     patience: int = 7  # epochs without a lower validation loss after which training ends
     batch_size: int = 32  # images per update
-    optimizer: Optional[Literal["sgd", "rmsprop", "adam"]] = None  # (None: as the papers, RMSprop off-the-shelf or SGD)
+    optimizer: Literal["sgd", "rmsprop", "adam"] | None = None  # (None: as the papers, RMSprop off-the-shelf or SGD)
     learning_rate: float = 1e-3  # the learning rate of the optimizer
     momentum: float = 0.9  # of SGD
     nesterov: bool = True  # of SGD; the paper has it, the authors' code has not
     weight_decay: float = 0.0  # of weights with two dimensions and more; never of biases and normalisation
 
     # After training
-    evaluate: Optional[str] = None  # run (folder or checkpoint) to test instead of training
-    predict: Optional[str] = None  # with --evaluate: classify this folder into predictions.csv, instead of testing
-    saliency: int = 0  # with --evaluate: explain so many test images by Grad-CAM and VisualBackProp
-    compare: Optional[str] = None  # with --saliency: run of the other network to show (None: that of --weights)
+    evaluate: str | None = None  # run (folder or checkpoint) to test instead of training
+    predict: str | None = None  # with --evaluate: classify this folder into predictions.csv, instead of testing
+    saliency: int = 0  # with --evaluate: explain so many test images by Grad-CAM and VisualBackProp in saliency.png
 
 
-FREE = {"cuda", "amp", "workers", "cache_gb", "data_dir", "metadata", "split_file", "download"}  # to be given anew
-ON_RESUME = FREE | {"resume", "epochs", "patience", "learning_rate", "track", "wandb_project_name", "wandb_entity"}
-ON_EVALUATE = FREE | {"evaluate", "predict", "saliency", "compare", "weights", "seed", "batch_size", "dataset"}
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 SPLITS = ("train", "val", "test")
 MISSING = -100  # the class of a missing label, as torch's cross entropy has it
-MAX_PIXELS = 179_000_000  # of a decoded image; Pillow has this limit, but for scans before they are reduced
-Image.MAX_IMAGE_PIXELS = None
 
 
 def fail(message: str) -> NoReturn:
     sys.exit(f"{os.path.basename(__file__)}: error: {message}")
 
 
-def first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
-
-
-@contextmanager
-def written(path: str):
-    """A temporary name that becomes `path` at the end; on a full disk one line, and nothing is left behind."""
+def write_file(path: str, write) -> None:
+    """Have `write` fill a file of a temporary name, which then replaces `path`; half a file is never left."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        yield temporary
+        with open(temporary, "wb") as file:
+            write(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises either
-        fail(f"{path} cannot be written: {first_line(error)}")
+        fail(f"{path} cannot be written: {error}")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
 
 
 def write_csv(path: str, rows: list[dict]) -> None:
-    with written(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
-        table = csv.DictWriter(f, rows[0])
-        table.writeheader()
-        table.writerows(rows)
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, rows[0])
+    table.writeheader()
+    table.writerows(rows)
+    write_file(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def read_csv(flag: str, path: str, columns: list[str]) -> list[dict]:
+def read_csv(path: str, columns: list[str]) -> list[dict]:
     try:
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, restval=""))
-    except (OSError, csv.Error) as error:
-        fail(f"{flag} {path}: {error}")
-    for column in columns:
-        if not rows or column not in rows[0]:
-            fail(f"{flag} {path}: no column {column!r} in it, but {list(rows[0]) if rows else 'nothing'}")
+    except OSError as error:
+        fail(f"{path} cannot be read: {error}")
+    if not rows or set(columns) - set(rows[0]):
+        fail(f"{path}: the columns {columns} are expected, not {list(rows[0]) if rows else 'nothing'}")
     return rows
-
-
-class Progress:
-    """A line every ten seconds with images/s and the time that is left of all `total` images."""
-
-    def __init__(self, total: int):
-        self.total, self.done, self.begun, self.last = total, 0, time.perf_counter(), time.perf_counter()
-
-    def step(self, images: int, describe: Callable[[], str]) -> None:
-        self.done, now = self.done + images, time.perf_counter()
-        if now - self.last > 10:
-            self.last, rate = now, self.done / (now - self.begun)
-            left = timedelta(seconds=int((self.total - self.done) / rate))
-            print(f"{describe()}, {rate:,.0f} images/s, ETA of the run {left}", flush=True)
 
 
 # Data: rows of an image's path, its split ("" if it has none yet) and the label of every task ("" where missing) ------
 def find_images(folder: str) -> list[str]:
-    """Paths of all images below `folder`, relative to it; what a link leads to a second time is left out."""
-    found, again, seen = [], [], set()
+    """Paths of all images below `folder`, relative to it, without what links lead to a second time."""
+    found, seen = {}, set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: print(f"left out: {error}")):
         folders.sort(key=lambda name: (os.path.islink(os.path.join(root, name)), name))
         if os.path.realpath(root) in seen:
-            again.append(root)
             folders.clear()
             continue
         seen.add(os.path.realpath(root))
-        for path in (os.path.join(root, name) for name in names if os.path.splitext(name)[1].lower() in IMAGES):
-            (again if os.path.realpath(path) in seen else found).append(path)
-            seen.add(os.path.realpath(path))
-    if again:
-        print(f"left out: {len(again):,} links to what is there already, such as {again[0]!r}")
-    return sorted(os.path.relpath(path, folder) for path in found) or fail(f"{folder}: no images in this folder")
+        for path in (os.path.join(root, name) for name in sorted(names) if name.lower().endswith(IMAGES)):
+            found.setdefault(os.path.realpath(path), os.path.relpath(path, folder))
+    return sorted(found.values()) or fail(f"{folder}: no images in this folder")
 
 
 def read_folders(folder: str) -> list[dict]:
     """A folder per class; images in train/, val/ (or valid/) and test/ have their split already."""
-    paths, splits = find_images(folder), {"train": "train", "val": "val", "valid": "val", "test": "test"}
-    fixed, rows = {"train", "test"} <= {path.split(os.sep)[0] for path in paths}, []
+    paths, splits, rows = find_images(folder), {name: name for name in SPLITS} | {"valid": "val"}, []
+    fixed = {"train", "test"} <= {path.split(os.sep)[0] for path in paths}
     for path in paths:
         split, *names = path.split(os.sep) if fixed else ["", *path.split(os.sep)]
         if len(names) > 1 and (split in splits or not fixed):
@@ -188,8 +155,7 @@ def read_folders(folder: str) -> list[dict]:
 
 def read_table(args: Args) -> list[dict]:
     """Images and the labels that the CSV --metadata has for them."""
-    table = read_csv("--metadata", args.metadata, [args.image_column, *args.label_column])
-    by_name, rows, left_out = defaultdict(set), {}, []
+    table, by_name, rows = read_csv(args.metadata, [args.image_column, *args.label_column]), defaultdict(set), {}
     for path in find_images(args.data_dir):
         for name in (path, os.path.basename(path)):
             by_name[name].add(path)
@@ -197,60 +163,41 @@ def read_table(args: Args) -> list[dict]:
     for entry in table:
         name = entry[args.image_column].strip()
         paths = by_name[name] & {name} or by_name[name]
-        if len(paths) != 1 or paths <= set(rows):
-            left_out.append(name)
-            continue
-        labels = {column: entry[column].strip() for column in args.label_column}
-        labels = {column: "" if label in args.drop_label else label for column, label in labels.items()}
-        rows[min(paths)] = {"path": min(paths), "split": ""} | labels
-    if left_out:
-        why = "have no image there, several, or that of an earlier row"
-        print(f"left out: {len(left_out):,} of {len(table):,} rows of {args.metadata} {why}, such as {left_out[:5]}")
+        if len(paths) == 1:
+            labels = {column: entry[column].strip() for column in args.label_column}
+            labels = {column: "" if label in args.drop_label else label for column, label in labels.items()}
+            rows.setdefault(min(paths), {"path": min(paths), "split": ""} | labels)
+    print(f"{len(rows):,} of {len(table):,} rows have an image of their own")
     return list(rows.values())
 
 
 def read_torchvision(args: Args) -> tuple[list[dict], dict[str, Dataset]]:
-    """A data set of torchvision and its parts; one without validation images has them taken from training."""
-    make, parts, rows = getattr(datasets, args.dataset, None), {}, []
-    if not inspect.isclass(make):
+    """Rows and parts of a data set of torchvision that has training, validation and test images."""
+    if args.dataset not in datasets.__all__:
         fail(f"--dataset {args.dataset}: torchvision has none of that name, but {', '.join(datasets.__all__)}")
-    by_name = "split" in inspect.signature(make).parameters
-    for split, name in [("train", "train"), ("val", "val"), ("val", "valid"), ("test", "test")]:
-        if split in parts or (split == "val" and not by_name):
-            continue
-        try:
-            which = {"split": name} if by_name else {"train": split == "train"}
-            parts[split] = part = make(args.data_dir or "data", download=args.download, **which)
-        except ValueError:  # it has no such split
-            continue
-        except (RuntimeError, OSError, ImportError, TypeError) as error:
-            fail(f"--dataset {args.dataset}: {first_line(error)}")
-        labels = next((getattr(part, name) for name in ("targets", "labels", "_labels") if hasattr(part, name)), None)
-        labels = map(int, [part[i][1] for i in range(len(part))] if labels is None else labels)
-        names = [part.classes[label] if hasattr(part, "classes") else f"{label:03d}" for label in labels]
-        rows += [{"path": f"{split}/{i}", "split": split, "class": name} for i, name in enumerate(names)]
+    make, rows = getattr(datasets, args.dataset), []
+    try:
+        parts = {split: make(args.data_dir or "data", split=split, download=args.download) for split in SPLITS}
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        fail(f"--dataset {args.dataset} with split={'|'.join(SPLITS)}: {error}")
+    for split, part in parts.items():
+        labels = part._labels if hasattr(part, "_labels") else [part[i][1] for i in range(len(part))]
+        names = part.classes if hasattr(part, "classes") else [f"{label:03d}" for label in range(max(labels) + 1)]
+        rows += [{"path": f"{split}/{i}", "split": split, "class": names[label]} for i, label in enumerate(labels)]
     return rows, parts
 
 
-def split_data(args: Args, rows: list[dict], trained: Optional[dict] = None) -> tuple[list[dict], dict[str, list[str]]]:
-    """Assign the splits that are missing; returns rows and the classes of every task, those in all splits or `trained`.
-
-    Other labels become missing, and rows without any label go.
-    """
-    tasks = [name for name in rows[0] if name not in ("path", "split")]
+def split_data(args: Args, rows: list[dict], trained: dict | None = None) -> tuple[list[dict], dict[str, list[str]]]:
+    """Rows with their split, and the classes of every task, those in all splits or `trained`; other labels go."""
+    tasks, given = [name for name in rows[0] if name not in ("path", "split")], {row["split"] for row in rows}
     if args.split_file:
-        saved = {row["path"]: row["split"] for row in read_csv("--split-file", args.split_file, ["path", "split"])}
-        known = [row | {"split": saved[row["path"]]} for row in rows if row["path"] in saved]
-        if len(known) < len(rows):
-            print(f"left out: {len(rows) - len(known):,} images that are not in {args.split_file}")
-        rows = known
-    elif not {"train", "val"} <= {row["split"] for row in rows}:
-        rng, groups = np.random.default_rng(args.seed), defaultdict(list)
-        new = [split for split in ("test", "val") if split not in {row["split"] for row in rows}]
-        for row in rows:
-            if row["split"] in ("", "train"):
-                groups[row[tasks[0]] or None if args.stratify else None].append(row)
-        for label in sorted(groups, key=str):
+        saved = {row["path"]: row["split"] for row in read_csv(args.split_file, ["path", "split"])}
+        rows = [row | {"split": saved[row["path"]]} for row in rows if row["path"] in saved]
+    elif not {"train", "val"} <= given:
+        rng, groups, new = np.random.default_rng(args.seed), defaultdict(list), sorted({"test", "val"} - given)
+        for row in (row for row in rows if row["split"] in ("", "train")):
+            groups[row[tasks[0]] if args.stratify else ""].append(row)
+        for label in sorted(groups, key=lambda label: label or "None"):
             # a class of three images has one in each split
             tenth = max(round(len(groups[label]) / 10), int(len(groups[label]) >= 3))
             for i, member in enumerate(rng.permutation(len(groups[label]))):
@@ -259,100 +206,52 @@ def split_data(args: Args, rows: list[dict], trained: Optional[dict] = None) -> 
     for task in tasks:
         by_split = [{row[task] for row in rows if row["split"] == split} for split in SPLITS]
         classes[task] = trained[task] if trained else sorted(set.intersection(*by_split) - {""})
-        dropped = [row for row in rows if row[task] not in {"", *classes[task]}]
-        if dropped:
-            lost = f"{len({row[task] for row in dropped}):,} classes with {len(dropped):,} images"
-            print(f"left out: {task}: {lost} are not in {'the network' if trained else 'all of train, val and test'}")
-        if len(classes[task]) < 2:
-            fail(f"{task}: {len(classes[task])} classes are in all of train, val and test, at least 2 are needed")
-        for row in dropped:
+        for row in (dropped := [row for row in rows if row[task] not in ("", *classes[task])]):
             row[task] = ""
+        where = "the network" if trained else "all of train, val and test"
+        if dropped:
+            print(f"left out: {task}: {len(dropped):,} images of classes that are not in {where}")
+        if len(classes[task]) < 2:
+            fail(f"{task}: {len(classes[task])} classes are in {where}, at least 2 are needed")
     return [row for row in rows if any(row[task] for task in tasks)], classes
 
 
-def open_image(path: str, side: int) -> Image.Image:
-    """The image upright in RGB, its shorter side at least `side` pixels if it has them; raises OSError or ValueError.
-
-    JPEGs are decoded at the fraction (1/2, 1/4, 1/8) that suffices: a scan of 4,000 x 3,000 pixels 7 times as fast.
-    """
-    with Image.open(path) as image:
-        image.draft("RGB", (2 * side, 2 * side))
-        # pixels as decoded, and with the shorter side resized
-        if max(image.width * image.height, side**2 * max(image.size) / min(image.size)) > MAX_PIXELS:
-            raise ValueError(f"{image.width:,} x {image.height:,} pixels are too many, or too long a strip")
-        if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more, which convert() would cut off at 255
-            values = np.asarray(image, dtype=np.float64)
-            top = 65_535 if values.max() > 255 else 255
-            image = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
-        elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")  # over white, as on paper
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
 class Pictures(Dataset):
-    """Image i as uint8 `(3, size, size)`, i, and why it cannot be read, or an empty string.
+    """Image i of a folder or of torchvision's data as uint8 `(3, size, size)`, i, and why it cannot be read, or ""."""
 
-    `source` is the folder of the `paths`, or the parts of a data set of torchvision.
-    """
-
-    def __init__(self, source: Union[str, dict[str, Dataset]], paths: list[str], preprocessing: dict):
-        self.source, self.paths, self.preprocessing = source, paths, preprocessing
+    def __init__(self, source: str | dict[str, Dataset], paths: list[str], preprocessing: dict):
+        self.source, self.paths, self.size, self.least = source, paths, preprocessing["size"], preprocessing["resize"]
         mode = v2.InterpolationMode(preprocessing["interpolation"])
-        steps = [v2.Resize(preprocessing["resize"], mode, antialias=True), v2.CenterCrop(preprocessing["size"])]
+        steps = [v2.Resize(self.least, mode, antialias=True), v2.CenterCrop(self.size)]
         self.transform = v2.Compose([*steps, v2.PILToTensor()])
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int, str]:
         try:
-            if isinstance(self.source, str):
-                image = open_image(os.path.join(self.source, self.paths[i]), self.preprocessing["resize"])
-            else:
+            if isinstance(self.source, dict):
                 split, number = self.paths[i].split("/")
-                image = self.source[split][int(number)][0].convert("RGB")
-            return self.transform(image), int(i), ""
-        except Exception as error:  # Pillow's plugins raise whatever their formats make them
-            size = self.preprocessing["size"]
-            return torch.zeros(3, size, size, dtype=torch.uint8), int(i), f"{type(error).__name__}: {error}"
+                return self.transform(self.source[split][int(number)][0].convert("RGB")), i, ""
+            with Image.open(os.path.join(self.source, self.paths[i])) as image:
+                image.draft("RGB", (2 * self.least, 2 * self.least))  # a large JPEG at the fraction that suffices
+                if max(image.size) > 50 * min(image.size):  # its resized pixels would fill the memory
+                    raise ValueError(f"{image.width:,} x {image.height:,} pixels are too long a strip")
+                return self.transform(ImageOps.exif_transpose(image).convert("RGB")), i, ""
+        except Exception as error:  # noqa: BLE001 Pillow's plugins raise whatever their formats make them
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), i, f"{type(error).__name__}: {error}"
 
 
-def ignore_signals(_) -> None:
-    """In a worker: signals to the process group are for the training process, which saves and ends the workers."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+def leave_process_group(_: int) -> None:
+    os.setpgrp()  # Ctrl-C and a scheduler's SIGTERM to the group are for the main process, which ends its workers
 
 
-def end_workers() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch reports their end as an error
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def stop(*_) -> NoReturn:
-    """Handle a signal."""
-    end_workers()
-    sys.exit(130)
-
-
-def make_loader(args: Args, pictures: Pictures, batches: list, device: torch.device) -> DataLoader:
-    """Images, indices and errors of `batches` of indices, a list that may change between passes."""
-    cores = os.cpu_count() if device.type == "cuda" else min(os.cpu_count(), 4)
-    workers = min(cores if args.workers is None else args.workers, len(batches))
-    return DataLoader(
-        pictures, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda", persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),  # its own: the number of workers changes no other random draw
-    )  # fmt: skip
-
-
-# The network ---------------------------------------------------------------------------------------------------------
+# The network ----------------------------------------------------------------------------------------------------------
 def load_file(path: str) -> dict:
+    """What is in a file, or in that of a run's folder, and its `path`."""
+    if os.path.isdir(path):
+        path = os.path.join(path, next((name for name in os.listdir(path) if name.endswith(".pt")), "*.pt"))
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"no file at {path}")
-    except Exception:  # of many kinds; torch's own message advises to trust the file
-        fail(f"{path} is no file of tensors that can be loaded safely")
-    return data if isinstance(data, dict) else fail(f"{path} is no dict of tensors")
+        return torch.load(path, map_location="cpu", weights_only=True) | {"path": path}
+    except Exception as error:  # noqa: BLE001 torch's own message advises to trust the file
+        fail(f"{path} cannot be loaded: {'there is none' if isinstance(error, OSError) else 'no file of tensors'}")
 
 
 def load_weights(args: Args, trunk: nn.Module) -> None:
@@ -361,12 +260,7 @@ def load_weights(args: Args, trunk: nn.Module) -> None:
         state = load_file(args.weights)
         state = state.get("model", state.get("state_dict", state))
     else:
-        entry = models.get_model_weights(args.arch)[args.weights]
-        try:
-            state = entry.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            there = f"put {entry.url} into {torch.hub.get_dir()}/checkpoints, or give a file with --weights"
-            fail(f"--weights {args.weights}: no download ({error}); {there}")
+        state = models.get_model_weights(args.arch)[args.weights].get_state_dict(progress=False, check_hash=True)
     shapes = {name: tensor.shape for name, tensor in state.items() if torch.is_tensor(tensor)}
     wrong = [name for name, tensor in trunk.state_dict().items() if shapes.get(name) != tensor.shape]
     if wrong:
@@ -377,45 +271,40 @@ def load_weights(args: Args, trunk: nn.Module) -> None:
 def make_trunk(args: Args, random: bool) -> tuple[nn.Module, int, dict]:
     """A network without its last layer, the number of its features, and its preprocessing."""
     if args.arch.startswith("timm:") or args.arch == "xception":
-        try:
-            import timm
+        import timm  # pip install timm
 
-            name = "legacy_xception" if args.arch == "xception" else args.arch.removeprefix("timm:")
-            local = os.path.isfile(args.weights)
-            trunk = timm.create_model(name, pretrained=not random and not local, num_classes=0)
-        except (ImportError, RuntimeError, OSError, ValueError) as error:
-            fail(f"--arch {args.arch} needs timm (pip install timm) and its weights: {first_line(error)}")
-        if local and not random:
-            load_weights(args, trunk)
-        config = timm.data.resolve_model_data_config(trunk)
+        name, theirs = args.arch.removeprefix("timm:"), not random and not os.path.isfile(args.weights)
+        trunk = timm.create_model("legacy_xception" if name == "xception" else name, pretrained=theirs, num_classes=0)
+        config, features = timm.data.resolve_model_data_config(trunk), trunk.num_features
         size = args.image_size or config["input_size"][-1]
         preprocessing = {"size": size, "resize": round(size / config["crop_pct"]), "mean": list(config["mean"])}
-        return trunk, trunk.num_features, preprocessing | {key: config[key] for key in ("std", "interpolation")}
-    try:
-        entries = models.get_model_weights(args.arch)
-    except ValueError:
-        fail(f"--arch {args.arch}: torchvision has {', '.join(models.list_models(module=models))}")
-    if args.weights not in [*entries.__members__, "none"] and not os.path.isfile(args.weights):
-        fail(f"--weights {args.weights}: neither a file nor one of {', '.join(entries.__members__)}, none")
-    preset = (entries[args.weights] if args.weights in entries.__members__ else next(iter(entries))).transforms()
-    size = args.image_size or preset.crop_size[0]
-    resize = max(round(preset.resize_size[0] * size / preset.crop_size[0]), size)
-    preprocessing = {"size": size, "resize": resize, "mean": list(preset.mean), "std": list(preset.std)}
-    preprocessing["interpolation"] = preset.interpolation.value
-    extra = {"image_size": size} if args.arch.startswith("vit") else {}
-    if args.arch in ("inception_v3", "googlenet"):
-        extra = {"transform_input": False, "init_weights": random, "aux_logits": False}
-        if not random:  # trained on images scaled as TensorFlow scales them
-            preprocessing |= {"mean": [0.5] * 3, "std": [0.5] * 3}
-    trunk = models.get_model(args.arch, weights=None, **extra)
-    if args.arch.startswith("vgg"):  # global average pooling instead of hidden layers, as the paper's VGG19
-        features, trunk.avgpool, trunk.classifier = 512, nn.AdaptiveAvgPool2d(1), nn.Identity()
-    elif args.arch.startswith("squeezenet"):
-        features, trunk.classifier = 512, nn.AdaptiveAvgPool2d(1)
+        preprocessing |= {"std": list(config["std"]), "interpolation": config["interpolation"]}
+        random = random or theirs  # nothing more to load
     else:
-        last = [name for name, module in trunk.named_modules() if isinstance(module, nn.Linear)][-1]
-        features = trunk.get_submodule(last).in_features
-        trunk.set_submodule(last, nn.Identity())
+        if args.arch not in models.list_models(module=models):
+            fail(f"--arch {args.arch}: torchvision has {', '.join(models.list_models(module=models))}")
+        entries = models.get_model_weights(args.arch)
+        if args.weights not in [*entries.__members__, "none"] and not os.path.isfile(args.weights):
+            fail(f"--weights {args.weights}: neither a file nor one of {', '.join(entries.__members__)}, none")
+        preset = getattr(entries, args.weights, next(iter(entries))).transforms()
+        size = args.image_size or preset.crop_size[0]
+        resize = max(round(preset.resize_size[0] * size / preset.crop_size[0]), size)
+        preprocessing = {"size": size, "resize": resize, "mean": list(preset.mean), "std": list(preset.std)}
+        preprocessing["interpolation"] = preset.interpolation.value
+        extra = {"image_size": size} if args.arch.startswith("vit") else {}
+        if args.arch in ("inception_v3", "googlenet"):
+            extra = {"transform_input": False, "init_weights": random, "aux_logits": False}
+            if not random:  # trained on images scaled as TensorFlow scales them
+                preprocessing |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+        trunk = models.get_model(args.arch, weights=None, **extra)
+        if args.arch.startswith("vgg"):  # global average pooling instead of hidden layers, as the paper's VGG19
+            features, trunk.avgpool, trunk.classifier = 512, nn.AdaptiveAvgPool2d(1), nn.Identity()
+        elif args.arch.startswith("squeezenet"):
+            features, trunk.classifier = 512, nn.AdaptiveAvgPool2d(1)
+        else:
+            last = [name for name, module in trunk.named_modules() if isinstance(module, nn.Linear)][-1]
+            features = trunk.get_submodule(last).in_features
+            trunk.set_submodule(last, nn.Identity())
     if not random:
         load_weights(args, trunk)
     return trunk, features, preprocessing
@@ -432,16 +321,15 @@ class Classifier(nn.Module):
             self.register_buffer(name, 255 * torch.tensor(preprocessing[name]).view(3, 1, 1), persistent=False)
         self.frozen, self.bfloat16 = [], False
 
-    def freeze(self, until: Optional[str]) -> None:
+    def freeze(self, until: str | None) -> None:
         """Freeze the trunk (`until` None) or what comes before its module `until`, with its statistics and dropout."""
-        modules, parameters = list(self.trunk.named_modules()), list(self.trunk.named_parameters())
-        at = [i for i, (name, _) in enumerate(parameters) if until and name.startswith(until + ".")]
-        if until and not at:
+        modules = dict(self.trunk.named_modules())
+        if until and until not in modules:
             fail(f"--unfreeze-from {until}: no such layers, but {', '.join(dict(self.trunk.named_children()))}")
-        before = modules[: list(dict(modules)).index(until) if until else None]
-        self.frozen = [module for _, module in before if not list(module.children())]
-        for _, parameter in parameters[: at[0] if until else None]:
-            parameter.requires_grad_(False)
+        for module in list(modules.values())[: list(modules).index(until) if until else None]:
+            self.frozen += [] if list(module.children()) else [module]
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -461,27 +349,20 @@ class Classifier(nn.Module):
         return {task: head(features) for task, head in zip(self.tasks, self.heads)}
 
 
-def load_checkpoint(path: str, end: str = "") -> tuple[dict, str]:
-    """A checkpoint and its path; of a run's folder the one of the best epoch, or that whose name ends in `end`."""
-    if os.path.isdir(path):
-        names = [name for name in sorted(os.listdir(path)) if name.endswith(end + ".pt")]
-        path = os.path.join(path, next((name for name in names if end or not name.endswith("_last.pt")), f"*{end}.pt"))
-    data = load_file(path)
-    if not {"model", "classes", "preprocessing", "args"} <= set(data):
-        fail(f"{path} is not a checkpoint of this script")
-    return data, path
-
-
-def restore(checkpoint: dict) -> Classifier:
-    """The network of a checkpoint."""
-    args = Args(arch=checkpoint["args"]["arch"], weights="none", image_size=checkpoint["preprocessing"]["size"])
-    trunk, features, _ = make_trunk(args, random=True)
-    model = Classifier(trunk, features, checkpoint["preprocessing"], checkpoint["classes"])
-    model.load_state_dict(checkpoint["model"])
+def restore(checkpoint: dict, args: Args, weights: str = "model") -> Classifier:
+    """The network of a checkpoint, for images of --image-size if that is given."""
+    old = checkpoint.get("preprocessing") or fail(f"{checkpoint['path']} is not a checkpoint of this script")
+    if args.arch != checkpoint["args"]["arch"]:
+        fail(f"{checkpoint['path']} is of --arch {checkpoint['args']['arch']}, not {args.arch}")
+    size = args.image_size or old["size"]
+    trunk, features, _ = make_trunk(Args(arch=args.arch, weights="none", image_size=size), random=True)
+    preprocessing = old | {"size": size, "resize": round(old["resize"] * size / old["size"])}
+    model = Classifier(trunk, features, preprocessing, checkpoint["classes"])
+    model.load_state_dict(checkpoint[weights])
     return model
 
 
-# Training ------------------------------------------------------------------------------------------------------------
+# Training -------------------------------------------------------------------------------------------------------------
 def total_loss(logits: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> torch.Tensor:
     """Sum over tasks of the mean cross entropy over the images that have the label."""
     losses = (F.cross_entropy(logits[task], target, reduction="sum") for task, target in targets.items())
@@ -491,97 +372,72 @@ def total_loss(logits: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]
 def make_optimizer(args: Args, model: nn.Module) -> torch.optim.Optimizer:
     """The papers' optimizers; weight decay only on what multiplies."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
     name = args.optimizer or ("rmsprop" if args.strategy == "off-the-shelf" else "sgd")
-    if name == "rmsprop":
-        return torch.optim.RMSprop(groups, args.learning_rate, alpha=0.9, eps=1e-8)
+    if name == "sgd":
+        nesterov = args.nesterov and args.momentum > 0
+        return torch.optim.SGD(groups, args.learning_rate, momentum=args.momentum, nesterov=nesterov)
     if name == "adam":
         return torch.optim.Adam(groups, args.learning_rate)
-    nesterov = args.nesterov and args.momentum > 0
-    return torch.optim.SGD(groups, args.learning_rate, momentum=args.momentum, nesterov=nesterov)
+    return torch.optim.RMSprop(groups, args.learning_rate, alpha=0.9, eps=1e-8)
 
 
-def shuffled(indices: torch.Tensor, args: Args, epoch: int, weights: Optional[torch.Tensor]) -> list[torch.Tensor]:
-    """Batches of an epoch in an order that seed and epoch determine; of `weights` `(N,)`, drawn with replacement."""
-    generator, n = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch), len(indices)
-    if weights is None:
-        order = torch.randperm(n, generator=generator)
-    else:
-        order = torch.multinomial(weights, n, replacement=True, generator=generator)
-    batches = list(indices[order.to(indices.device)].split(args.batch_size))
-    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches  # batch normalisation needs two
-
-
-def train_epoch(model: Classifier, optimizer, batches: Iterable, targets: dict, progress: Progress, name: str) -> float:
+def train_epoch(
+    model: Classifier, optimizer: torch.optim.Optimizer, batches, targets: dict[str, torch.Tensor]
+) -> float:
     """Mean loss of a pass over batches of (images or features, indices), both on the device."""
     model.train()
     total, seen = 0.0, 0
     for inputs, chosen in batches:
-        if len(chosen) > 1 or model.frozen:
-            loss = total_loss(model(inputs), {task: target[chosen] for task, target in targets.items()})
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total, seen = total + loss.detach() * len(chosen), seen + len(chosen)
-        progress.step(len(chosen), lambda: f"{name}: loss {finite(total / max(seen, 1)):.4f}")
-    return finite(total / max(seen, 1))
-
-
-def finite(loss) -> float:
-    if not np.isfinite(float(loss)):
-        fail(f"the loss is {float(loss)}: try a lower --learning-rate")
-    return float(loss)
+        loss = total_loss(model(inputs), {task: target[chosen] for task, target in targets.items()})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total, seen = total + loss.detach() * len(chosen), seen + len(chosen)
+    return float(total / max(seen, 1))
 
 
 @torch.no_grad()
-def run_through(model: Classifier, batches: Iterable) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def run_through(model: Classifier, batches) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Logits `(N, classes)` of every task and the indices `(N,)` of the images."""
-    model.eval()
-    found = [(model(inputs), chosen) for inputs, chosen in batches]
+    found = [(model.eval()(inputs), chosen) for inputs, chosen in batches]
     if not found:
         fail("there are no images to test on, or none can be read")
     logits = {task: torch.cat([values[task] for values, _ in found]) for task in model.tasks}
     return logits, torch.cat([chosen for _, chosen in found])
 
 
-def test(model: Classifier, batches: Iterable, targets: dict, split: str) -> tuple[dict[str, float], dict[str, dict]]:
-    """Scalars such as `val/top1` (`val/TASK/top1` of several tasks), and `measure` of every task."""
-    logits, seen = run_through(model, batches)
-    targets = {task: target[seen] for task, target in targets.items()}
-    metrics = {task: measure(logits[task], targets[task]) for task in targets}
+def test(logits: dict, seen: torch.Tensor, targets: dict, split: str) -> tuple[dict[str, float], dict]:
+    """Scalars such as `val/top1` (`val/TASK/top1` of several tasks) of the images `seen`, and confusion matrices."""
+    targets, confusions = {task: target[seen] for task, target in targets.items()}, {}
     scalars = {f"{split}/loss": total_loss(logits, targets).item()}
-    for task, found in metrics.items():
-        prefix = f"{split}/{task}/" if len(metrics) > 1 else f"{split}/"
-        scalars |= {prefix + name: found[name] for name in ("top1", "top5", "macro_f1")}
-    return scalars, metrics
+    for task, target in targets.items():
+        shares, confusions[task] = measure(logits[task], target)
+        prefix = f"{split}/{task}/" if len(targets) > 1 else f"{split}/"
+        scalars |= {prefix + name: share for name, share in shares.items()}
+    return scalars, confusions
 
 
-def words(scalars: dict[str, float]) -> str:
-    return ", ".join(f"{tag} {value:.4f}" for tag, value in scalars.items())
-
-
-def measure(logits: torch.Tensor, targets: torch.Tensor) -> dict:
-    """Metrics of logits `(N, classes)` with targets int64 `(N,)`: shares; precision, recall, F1, support per class."""
-    known = targets != MISSING
-    logits, targets, n = logits[known], targets[known], logits.shape[1]
+def measure(logits: torch.Tensor, targets: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
+    """Shares in [0, 1], and the confusion matrix (true, predicted), of logits `(N, classes)` with int64 targets."""
+    logits, targets, n = logits[targets != MISSING], targets[targets != MISSING], logits.shape[1]
     ranked = logits.topk(min(5, n), dim=1).indices
     confusion = torch.bincount(targets * n + ranked[:, 0], minlength=n * n).view(n, n)
     right, support, chosen = confusion.diag().double(), confusion.sum(dim=1).double(), confusion.sum(dim=0).double()
-    f1, total = 2 * right / (support + chosen).clamp(min=1), max(len(targets), 1)
-    return {
-        "top1": right.sum().item() / total, "top5": (ranked == targets[:, None]).sum().item() / total,
-        "macro_f1": (f1.sum() / (support > 0).sum().clamp(min=1)).item(), "precision": right / chosen.clamp(min=1),
-        "recall": right / support.clamp(min=1), "f1": f1, "support": support, "confusion": confusion,
-    }  # fmt: skip
+    f1, total = (2 * right / (support + chosen).clamp(min=1)).sum(), max(len(targets), 1)
+    shares = {"top1": right.sum() / total, "top5": (ranked == targets[:, None]).sum().double() / total}
+    shares["macro_f1"] = f1 / (support > 0).sum().clamp(min=1)
+    return {name: share.item() for name, share in shares.items()}, confusion
 
 
-# Pictures ------------------------------------------------------------------------------------------------------------
+def describe(scalars: dict[str, float]) -> str:
+    return ", ".join(f"{tag} {value:.4f}" for tag, value in scalars.items())
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
 def save_figure(figure: Figure, path: str) -> None:
-    with written(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=120, bbox_inches="tight"))
 
 
 def draw_curves(history: list[dict[str, float]]) -> Figure:
@@ -610,13 +466,18 @@ def draw_confusion(confusion: torch.Tensor, names: list[str], title: str) -> Fig
     return figure
 
 
+def spread(maps: torch.Tensor) -> torch.Tensor:
+    """Every map `(B, 1, H, W)` scaled to [0, 1]."""
+    low, high = maps.amin(dim=(1, 2, 3), keepdim=True), maps.amax(dim=(1, 2, 3), keepdim=True)
+    return (maps - low) / (high - low).clamp(min=1e-12)
+
+
 def saliency_maps(model: Classifier, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Grad-CAM and VisualBackProp of images uint8 `(B, 3, H, W)`, each float `(B, H, W)` in [0, 1].
 
-    Grad-CAM (Selvaraju et al., 2017): where the last feature map speaks for the most likely class of the first task; a
-    network without heads is asked for the length of its features. VisualBackProp (Bojarski et al., 2018): mean maps
-    after rectifiers, multiplied from coarse to fine. Maps of one resolution are averaged first, as the product over 35
-    rectifiers is a few single pixels; they grow by interpolation, where the paper has a transposed convolution.
+    Grad-CAM (Selvaraju et al., 2017) of the most likely class of the first task, or, without heads, of the length of
+    the features. VisualBackProp (Bojarski et al., 2018): mean maps after rectifiers, averaged at a resolution (the
+    product over 35 is a few single pixels), multiplied from coarse to fine, enlarged by interpolation.
     """
     kinds = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU)
     if not any(isinstance(module, kinds) for module in model.trunk.modules()):
@@ -650,56 +511,47 @@ def saliency_maps(model: Classifier, images: torch.Tensor) -> tuple[torch.Tensor
     return cam, (mask / mask.flatten(1).quantile(0.98, dim=1).clamp(min=1e-12)[:, None, None]).clamp(max=1)
 
 
-def spread(maps: torch.Tensor) -> torch.Tensor:
-    """Every map `(B, 1, H, W)` scaled to [0, 1]."""
-    low, high = maps.amin(dim=(1, 2, 3), keepdim=True), maps.amax(dim=(1, 2, 3), keepdim=True)
-    return (maps - low) / (high - low).clamp(min=1e-12)
-
-
 def draw_saliency(networks: dict[str, Classifier], images: torch.Tensor, labels: list[str]) -> Figure:
     """A row per image uint8 `(B, 3, H, W)`: the image with its label, then both maps of every network."""
-    figure = Figure(figsize=(2 + 4 * len(networks), 2.2 * len(images)))
+    figure, grey = Figure(figsize=(2 + 4 * len(networks), 2.2 * len(images))), images.float().mean(dim=1).cpu()
     grid = figure.subplots(len(images), 1 + 2 * len(networks), squeeze=False)
     maps = {name: saliency_maps(network.eval(), images) for name, network in networks.items()}
-    methods = ("Grad-CAM", "VisualBackProp")
-    columns = [(f"{methods[i]}\n{name}", maps[name][i]) for i in range(2) for name in maps]
-    for axes, (title, _) in zip(grid[0], [("image", None), *columns]):
-        axes.set_title(title, fontsize=8)
-    for row, image, label, number in zip(grid, images.cpu(), labels, range(len(images))):
-        row[0].set_ylabel(label, fontsize=8)
-        row[0].imshow(image.permute(1, 2, 0))
-        for axes, (_, mask) in zip(row[1:], columns):
-            axes.imshow(image.float().mean(dim=0), cmap="gray")
-            axes.imshow(mask[number].cpu(), cmap="jet", alpha=0.5, vmin=0, vmax=1)
-        for axes in row:
+    columns = [
+        (f"{method}\n{name}", maps[name][i]) for i, method in enumerate(("Grad-CAM", "VisualBackProp")) for name in maps
+    ]
+    for row, (axes_of_image, label) in enumerate(zip(grid, labels)):
+        axes_of_image[0].imshow(images[row].permute(1, 2, 0).cpu())
+        axes_of_image[0].set(title="image" if row == 0 else "", ylabel=label)
+        for axes, (title, mask) in zip(axes_of_image[1:], columns):
+            axes.imshow(grey[row], cmap="gray")
+            axes.imshow(mask[row].cpu(), cmap="jet", alpha=0.5, vmin=0, vmax=1)
+            axes.set_title(title if row == 0 else "", fontsize=8)
+        for axes in axes_of_image:
             axes.set(xticks=[], yticks=[])
     return figure
 
 
 if __name__ == "__main__":
-    # TRY NOT TO MODIFY: flags, with those of the run that --resume and --evaluate name
-    about = "Train an image classifier off-the-shelf, by fine-tuning or from scratch, then test it once; for example\n"
-    about += "python finetune_classify.py --data-dir DIR --arch resnet50 --strategy fine-tune"
-    args, checkpoint, path = tyro.cli(Args, description=about), {}, ""
+    # TRY NOT TO MODIFY: flags, with those of the run that --resume and --evaluate name unless given anew
+    about = "Train an image classifier off-the-shelf, by fine-tuning or from scratch, then test it once."
+    args, checkpoint = tyro.cli(Args, description=about), {}
     if args.evaluate or args.resume:
-        checkpoint, path = load_checkpoint(args.evaluate or args.resume, "" if args.evaluate else "_last")
-        names = {flag.name for flag in fields(Args)} & set(checkpoint["args"]) - {"resume"}
-        saved = {name: checkpoint["args"][name] for name in names}
+        checkpoint = load_file(args.evaluate or args.resume)
+        path, beside = checkpoint["path"], os.path.dirname(checkpoint["path"])
+        if not {"args", "classes", "last"} <= set(checkpoint):
+            fail(f"{path} is not a checkpoint of this script")
+        own = set(vars(args)) - {"exp_name", "logdir", "resume", "evaluate", "predict"}
+        saved = {name: value for name, value in checkpoint["args"].items() if name in own}
         args = tyro.cli(Args, default=Args(**saved), description=about)
-        changed = {name for name in saved if getattr(args, name) != saved[name]}
-        if fixed := changed - (ON_EVALUATE if args.evaluate else ON_RESUME):
-            fail(f"the flags {', '.join(sorted(fixed))} are those of {path} and cannot be changed")
-        if args.resume and not {"optimizer", "history"} <= set(checkpoint):
-            fail(f"{path} has no training state to resume; that is in the file that ends in _last.pt")
-        over = checkpoint.get("epoch", 0) >= args.epochs or checkpoint.get("stale", 0) >= args.patience
-        if args.resume and checkpoint.get("finished") and over:
+        moved = any(getattr(args, name) != saved[name] for name in ("data_dir", "dataset", "metadata"))
+        if args.split_file == saved["split_file"]:
+            args.split_file = os.path.join(beside, "split.csv") if args.resume or not moved else None
+        over = checkpoint["epoch"] >= args.epochs or checkpoint["stale"] >= args.patience
+        if args.resume and checkpoint["finished"] and over:
             fail(f"{path} is of a run that has ended; more --epochs or --patience would go on")
-        split_file = os.path.join(os.path.dirname(path), "split.csv")
-        if os.path.isfile(split_file) and (args.resume or not changed & {"data_dir", "dataset", "metadata"}):
-            args.split_file = args.split_file if "split_file" in changed else split_file
     for name, value in vars(args).items():
-        least = 1 if name in ("epochs", "patience", "batch_size", "image_size") else 0
-        if isinstance(value, (int, float)) and not least <= value < 2**63:
+        least = int(name in ("epochs", "patience", "batch_size", "image_size"))
+        if type(value) in (int, float) and not least <= value < 2**63:
             fail(f"--{name.replace('_', '-')} {value} must be at least {least}")
     if not re.fullmatch(r"[\w.+-]+", args.exp_name):
         fail(f"--exp-name {args.exp_name!r} becomes a file's name: letters, digits and .+-_ only")
@@ -710,13 +562,15 @@ if __name__ == "__main__":
     folder = args.predict or args.data_dir
     if not os.path.isdir(folder or "") and (args.predict or not args.dataset):
         fail(f"{folder}: there is no such folder" if folder else "give --data-dir DIR or --dataset NAME")
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     on_cuda, frozen = device.type == "cuda", args.strategy == "off-the-shelf"
+    workers = (os.cpu_count() if on_cuda else min(os.cpu_count(), 4)) if args.workers is None else args.workers
 
     # Data
     source, classes = folder, checkpoint.get("classes")
@@ -730,22 +584,24 @@ if __name__ == "__main__":
         rows = [row | {"split": "test"} for row in rows]
     if not args.predict:
         rows, classes = split_data(args, rows, classes)
-    indices = {name: [i for i, row in enumerate(rows) if row["split"] == name] for name in SPLITS}
+    unreadable = set()
+
+    def members(split: str) -> torch.Tensor:
+        """Indices of the images of a split, but for those that turned out to be unreadable."""
+        return torch.tensor([i for i, row in enumerate(rows) if row["split"] == split and i not in unreadable])
+
     targets = {}
     for task, names in classes.items():
         numbers = {name: number for number, name in enumerate(names)}
         targets[task] = torch.tensor([numbers.get(row.get(task), MISSING) for row in rows], device=device)
-    sizes = [f"{len(found):,} {name}" for name, found in indices.items()]
+    sizes = [f"{len(members(split)):,} {split}" for split in SPLITS]
     print(", ".join(sizes + [f"{task}: {len(names):,} classes" for task, names in classes.items()]))
 
     # The network
     if checkpoint:
-        model = restore(checkpoint)
+        model = restore(checkpoint, args, "model" if args.evaluate else "last")
     elif args.pretrained:
-        checkpoint, _ = load_checkpoint(args.pretrained)
-        donor, wanted = restore(checkpoint), (args.arch, args.image_size or checkpoint["preprocessing"]["size"])
-        if wanted != (checkpoint["args"]["arch"], donor.preprocessing["size"]):
-            fail(f"--pretrained: a {checkpoint['args']['arch']} for {donor.preprocessing['size']} pixels, not {wanted}")
+        donor = restore(load_file(args.pretrained), args)
         model = Classifier(donor.trunk, donor.heads[0].in_features, donor.preprocessing, classes)
     else:
         model = Classifier(*make_trunk(args, random=args.strategy == "scratch" or args.weights == "none"), classes)
@@ -753,169 +609,145 @@ if __name__ == "__main__":
     model.bfloat16 = args.amp and on_cuda
     if (frozen or args.unfreeze_from) and not args.evaluate:
         model.freeze(args.unfreeze_from)
-    pictures, unreadable, table = Pictures(source, [row["path"] for row in rows], model.preprocessing), set(), None
+    pictures, table = Pictures(source, [row["path"] for row in rows], model.preprocessing), None
 
-    def batches(chunks: Iterable, loader: Optional[DataLoader] = None):
-        """(images or features, indices) on the device, without images that cannot be read, which are named once."""
+    def batches(order: torch.Tensor, title: str = "", total: int = 0):
+        """Inputs (images, or features of a frozen network) and indices, on the device, of the images `order`."""
+        begun, shown, done = time.perf_counter(), time.perf_counter(), 0
+        # a generator of its own: the number of workers changes no other random draw
+        loader = DataLoader(
+            pictures, args.batch_size, sampler=order.tolist(), num_workers=min(workers, len(order)), pin_memory=on_cuda,
+            worker_init_fn=leave_process_group, generator=torch.Generator(),
+        )  # fmt: skip
         if table is not None:
-            yield from ((table[chosen], chosen) for chosen in chunks)
-            return
-        for images, chosen, errors in loader or make_loader(args, pictures, chunks, device):
-            good = [row for row, error in enumerate(errors) if not error]
-            for i, error in zip(chosen.tolist(), errors):
-                if error and i not in unreadable:
-                    name = pictures.paths[i].encode(errors="backslashreplace").decode()  # it may not be UTF-8
-                    print(f"left out: {name} cannot be read, {error}")
-                    unreadable.add(i)
-            if good:
-                images, chosen = (images, chosen) if len(good) == len(errors) else (images[good], chosen[good])
-                yield images.to(device, non_blocking=True), chosen.to(device, non_blocking=True)
-
-    def in_order(split: str) -> list[torch.Tensor]:
-        return torch.tensor(indices[split], device=device if table is not None else "cpu").split(args.batch_size)
+            loader = ((table[chosen], chosen, ()) for chosen in order.to(device).split(args.batch_size))
+        for inputs, chosen, errors in loader:
+            if any(errors):
+                for i, error in zip(chosen.tolist(), errors):
+                    if error and i not in unreadable:
+                        print(f"left out: {pictures.paths[i]} cannot be read, {error}")
+                        unreadable.add(i)
+                good = torch.tensor([not error for error in errors])
+                inputs, chosen = inputs[good], chosen[good]
+            if len(chosen):
+                yield inputs.to(device, non_blocking=True), chosen.to(device, non_blocking=True)
+            done, now = done + len(errors or chosen), time.perf_counter()
+            if total and now - shown > 10:
+                shown, rate = now, done / (now - begun)
+                left = timedelta(seconds=int((total - done) / rate))
+                print(f"{title}: {done:,} images, {rate:,.0f} images/s, ETA of the run {left}", flush=True)
 
     # After training: predict, test, look
-    beside = os.path.dirname(path)
+    if args.evaluate:
+        logits, seen = run_through(model, batches(members("test")))
     if args.predict:
-        logits, chosen = run_through(model, batches(in_order("test")))
-        found = [{"path": pictures.paths[i]} for i in chosen.tolist()]
+        found = [{"path": pictures.paths[i]} for i in seen.tolist()]
         for task, values in logits.items():
             for row, share, number in zip(found, *(best.tolist() for best in values.softmax(dim=1).max(dim=1))):
                 row |= {task: classes[task][number], f"{task}_probability": f"{share:.4f}"}
         write_csv(os.path.join(beside, "predictions.csv"), found)
         print(f"saved {len(found):,} predictions to {os.path.join(beside, 'predictions.csv')}")
     elif args.evaluate:
-        scalars, _ = test(model, batches(in_order("test")), targets, "test")
-        print(f"{path} on {len(indices['test']) - len(unreadable):,} test images: {words(scalars)}")
-    if args.saliency and not args.predict:
-        if args.compare:
-            other = restore(load_checkpoint(args.compare)[0])
-        else:
-            other = Classifier(*make_trunk(args, random=args.weights == "none"), {})
-        order = np.random.default_rng(args.seed).permutation([i for i in indices["test"] if i not in unreadable])
-        chosen = order[: args.saliency].tolist()
-        images, task = torch.stack([pictures[i][0] for i in chosen]).to(device), model.tasks[0]
-        best = model(images)[task].argmax(dim=1).tolist()
-        labels = [f"{rows[i][task]}\n-> {classes[task][number]}" for i, number in zip(chosen, best)]
-        networks = {args.compare or f"{args.weights} weights": other.to(device), "this network": model}
-        save_figure(draw_saliency(networks, images, labels), os.path.join(beside, "saliency.png"))
-        print(f"saved {os.path.join(beside, 'saliency.png')}")
+        print(f"{path} on {len(seen):,} test images: {describe(test(logits, seen, targets, 'test')[0])}")
+    if args.evaluate and args.saliency and not args.predict:
+        other = Classifier(*make_trunk(args, random=args.weights == "none"), {}).to(device)
+        order, task = torch.randperm(len(seen), generator=torch.Generator().manual_seed(args.seed)), model.tasks[0]
+        order = order[: args.saliency].to(device)
+        images = torch.stack([pictures[i][0] for i in seen[order].tolist()]).to(device)
+        pairs = zip(seen[order].tolist(), logits[task][order].argmax(dim=1).tolist())
+        labels = [f"{rows[i][task]}\n-> {classes[task][number]}" for i, number in pairs]
+        figure = draw_saliency({f"{args.weights} weights": other, "this network": model}, images, labels)
+        save_figure(figure, os.path.join(beside, "saliency.png"))
     if args.evaluate:
-        sys.exit(print(f"{len(unreadable):,} images could not be read and were left out\n" * bool(unreadable), end=""))
+        sys.exit()
 
     # Features of a frozen network are computed once; images that fit on the device are decoded once, which is exact
     fits = (torch.cuda.mem_get_info()[0] / 2 if on_cuda else 2e9) if args.cache_gb is None else args.cache_gb * 1e9
-    if frozen or len(rows) * 3 * model.preprocessing["size"] ** 2 <= fits:
-        progress, cache = Progress(len(rows)), None
-        for images, chosen in batches(torch.arange(len(rows)).split(args.batch_size)):
-            with torch.no_grad():
-                values = model.eval().features(images) if frozen else images
-            if cache is None:
-                cache = torch.zeros((len(rows), *values.shape[1:]), dtype=values.dtype, device=device)
-            cache[chosen] = values
-            progress.step(len(chosen), lambda: f"{'features of' if frozen else 'decoded'} {progress.done:,} images")
-        table = cache if cache is not None else fail("none of the images can be read")
-        indices = {name: [i for i in found if i not in unreadable] for name, found in indices.items()}
-    train, weights = torch.tensor(indices["train"], device=device if table is not None else "cpu"), None
-    if args.balanced_sampling:
-        first = next(iter(targets.values()))[train].cpu()
-        weights = (first != MISSING) / torch.bincount(first[first != MISSING]).double()[first.clamp(min=0)]
+    if frozen or len(rows) * 3 * pictures.size**2 <= fits:
+        shape = (model.heads[0].in_features,) if frozen else (3, pictures.size, pictures.size)
+        cache = torch.zeros((len(rows), *shape), dtype=torch.float32 if frozen else torch.uint8, device=device)
+        with torch.no_grad():
+            for images, chosen in batches(torch.arange(len(rows)), "features" if frozen else "decoded", len(rows)):
+                cache[chosen] = model.eval().features(images) if frozen else images
+        table = cache
     optimizer = make_optimizer(args, model)
     trained, size = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
-    side = f"images of {model.preprocessing['size']} pixels, on {device}"
+    side = f"images of {pictures.size} pixels, on {device}"
     print(f"{args.arch}, {args.strategy}: {trained:,} of {size:,} parameters are trained, {side}")
 
     # TRY NOT TO MODIFY: the run's folder and logs
-    name = re.sub(r"[^\w.+-]", "_", args.dataset or os.path.basename(os.path.abspath(folder)))
+    name = args.dataset or os.path.basename(os.path.abspath(folder))
     run_dir = os.path.join(args.logdir, f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    run_dir = (beside or ".") if args.resume else run_dir
-    stem = os.path.basename(path).removesuffix("_last.pt") if args.resume else args.exp_name
-    best_path, last_path = (os.path.join(run_dir, f"{stem}{end}.pt") for end in ("", "_last"))
-    try:
-        os.makedirs(run_dir, exist_ok=bool(args.resume))
-    except OSError as error:
-        fail(f"--logdir {args.logdir}: {error}")
+    run_dir, path = (beside, path) if args.resume else (run_dir, os.path.join(run_dir, f"{args.exp_name}.pt"))
     if args.track:
         import wandb
 
-        project = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": os.path.basename(run_dir)}
-        wandb.init(**project, config=vars(args), sync_tensorboard=True, save_code=True)
-    epoch, history, lowest, stale, best = 0, [], float("inf"), 0, None
+        wandb.init(name=os.path.basename(run_dir), config=vars(args), sync_tensorboard=True, save_code=True)
+
+    def copied() -> dict:
+        """What training changes, copied, as an interrupt comes in the middle of an epoch."""
+        weights = model.state_dict().items()
+        weights = {k: v if frozen and k.startswith("trunk.") else v.clone() for k, v in weights}
+        return {"last": weights, "optimizer": copy.deepcopy(optimizer.state_dict())}
+
+    state = {"epoch": 0, "best": np.inf, "stale": 0, "history": [], "finished": False, "model": model.state_dict()}
     if args.resume:
-        epoch, history, lowest, stale = (checkpoint[name] for name in ("epoch", "history", "best", "stale"))
-        best = load_checkpoint(best_path)[0] if epoch else None
+        state = {name: checkpoint[name] for name in state}
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate
-    else:
-        write_csv(os.path.join(run_dir, "split.csv"), rows)
-    writer = SummaryWriter(run_dir, purge_step=epoch + 1 if args.resume else None)
+    state |= {"args": vars(args), "classes": classes, "preprocessing": model.preprocessing} | copied()
+    writer = SummaryWriter(run_dir, purge_step=state["epoch"] + 1 if args.resume else None)
     lines = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{lines}", epoch)
-
-    def state() -> dict:
-        """All that resuming needs, copied, as an interrupt comes in the middle of an epoch."""
-        tensors = model.state_dict().items()
-        return {
-            "args": vars(args), "classes": classes, "preprocessing": model.preprocessing, "epoch": epoch,
-            "best": lowest, "stale": stale, "history": history, "optimizer": copy.deepcopy(optimizer.state_dict()),
-            "model": {k: v if frozen and k.startswith("trunk.") else v.to("cpu", copy=True) for k, v in tensors},
-        }  # fmt: skip
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{lines}", state["epoch"])
+    write_csv(os.path.join(run_dir, "split.csv"), rows)
 
     def save() -> None:
         writer.flush()  # first: a kill right after the checkpoint must not cost the points before it
-        if best:
-            save_figure(draw_curves(history), os.path.join(run_dir, "curves.png"))
-        for data, path in ((best, best_path), (last, last_path)):
-            if data:
-                with written(path) as temporary:
-                    torch.save(data, temporary)
+        write_file(path, lambda file: torch.save(state, file))
+        if state["history"]:
+            save_figure(draw_curves(state["history"]), os.path.join(run_dir, "curves.png"))
 
     # Training
-    last, saved_at, order = state(), -60.0, shuffled(train, args, epoch, weights)
-    loader = make_loader(args, pictures, order, device) if table is None else None
-    progress = Progress((args.epochs - epoch) * len(train))
+    saved_at = -60.0
     try:
-        while epoch < args.epochs and stale < args.patience:
+        while (epoch := state["epoch"]) < args.epochs and state["stale"] < args.patience:
             torch.manual_seed(args.seed * 1_000_003 + epoch)  # of dropout: a resumed run draws what a straight one does
-            order[:], begun = shuffled(train, args, epoch, weights), time.perf_counter()
-            title = f"epoch {epoch + 1}/{args.epochs}"
-            scalars = {"train/loss": train_epoch(model, optimizer, batches(order, loader), targets, progress, title)}
-            rate = len(train) / (time.perf_counter() - begun)
-            scalars |= test(model, batches(in_order("val")), targets, "val")[0]
-            epoch, stale = epoch + 1, 0 if finite(scalars["val/loss"]) < lowest else stale + 1
-            history, lowest = [*history, scalars], min(lowest, scalars["val/loss"])
+            train, begun = members("train"), time.perf_counter()
+            n = len(train) - (len(train) > args.batch_size > 1 == len(train) % args.batch_size)  # one has no variance
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            order = train[torch.randperm(len(train), generator=generator)[:n]]
+            passes = batches(order, f"epoch {epoch + 1}/{args.epochs}", (args.epochs - epoch) * len(order))
+            scalars = {"train/loss": train_epoch(model, optimizer, passes, targets)}
+            rate = len(order) / (time.perf_counter() - begun)
+            scalars |= test(*run_through(model, batches(members("val"))), targets, "val")[0]
+            if not np.isfinite(scalars["train/loss"] + scalars["val/loss"]):
+                raise RuntimeError("the loss is not finite: try a lower --learning-rate")
             for tag, value in (scalars | {"charts/images_per_second": rate}).items():
-                writer.add_scalar(tag, value, epoch)
-            print(f"epoch {epoch}: {words(scalars)}, {rate:,.0f} images/s", flush=True)
-            last = state()
-            best = best if stale else {name: value for name, value in last.items() if name != "optimizer"}
+                writer.add_scalar(tag, value, epoch + 1)
+            new = copied() | {"epoch": epoch + 1, "stale": state["stale"] + 1, "history": [*state["history"], scalars]}
+            if scalars["val/loss"] < state["best"]:
+                new |= {"best": scalars["val/loss"], "stale": 0, "model": new["last"]}
+            state |= new
+            print(f"epoch {epoch + 1}: {describe(scalars)}, {rate:,.0f} images/s", flush=True)
             if time.perf_counter() - saved_at > 60:
                 save()
                 saved_at = time.perf_counter()
 
         # The test images, once, with the weights of the lowest validation loss
-        model.load_state_dict(best["model"])
-        scalars, metrics = test(model, batches(in_order("test")), targets, "test")
+        model.load_state_dict(state["model"])
+        scalars, confusions = test(*run_through(model, batches(members("test"))), targets, "test")
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, epoch)
-        last["finished"] = True
+        state["finished"] = True
         save()
-    except BaseException as end:  # Ctrl-C, kill, a lost worker, a full GPU: nothing is lost
-        sys.stdout = open(os.devnull, "w") if isinstance(end, BrokenPipeError) else sys.stdout
+    except (KeyboardInterrupt, Exception) as end:  # noqa: BLE001 a lost worker, a full GPU: nothing is lost
         save()
-        print(f"stopped in epoch {epoch + 1}; python {os.path.basename(__file__)} --resume {run_dir} goes on")
-        raise fail(f"{type(end).__name__}: {first_line(end)}") if isinstance(end, Exception) else end
-    finally:
-        end_workers()
-    per_class, columns = [], ("precision", "recall", "f1", "support")
-    for task, found in metrics.items():
-        figure = draw_confusion(found["confusion"], classes[task], f"{task}, test images")
-        save_figure(figure, os.path.join(run_dir, f"confusion{f'_{task}' if len(metrics) > 1 else ''}.png"))
-        for number, name in enumerate(classes[task]):
-            values = {column: found[column][number].item() for column in columns}
-            per_class.append({"task": task, "class": name} | values)
-    write_csv(os.path.join(run_dir, "per_class.csv"), per_class)
+        print(f"stopped by {end!r}; python {sys.argv[0]} --resume {run_dir} goes on", file=sys.stderr)
+        sys.exit(130 if isinstance(end, KeyboardInterrupt) else 1)
+    for task, confusion in confusions.items():
+        name = f"confusion_{task}.png" if len(confusions) > 1 else "confusion.png"
+        save_figure(draw_confusion(confusion, classes[task], f"{task}, test images"), os.path.join(run_dir, name))
     writer.close()
-    print(f"test, the best of {epoch} epochs: {words(scalars)}")
-    print(f"{len(unreadable):,} images could not be read and were left out\n" * bool(unreadable) + f"saved {run_dir}")
+    print(f"test, the best of {epoch} epochs: {describe(scalars)}")
+    print(f"{len(unreadable):,} images could not be read and were left out; saved {run_dir}")
