@@ -67,9 +67,6 @@ def build(arch, classes=("x", "y"), random=True, **flags):
     return fc.Classifier(*trunk, {"a": list(classes)})
 
 
-# --------------------------------------------------------------------------------------------------------------- data
-
-
 def test_a_class_of_three_images_has_one_in_each_split():
     labels = ["many"] * 50 + ["three"] * 3 + ["two"] * 2
     rows = [{"path": f"{i}.jpg", "split": "", "class": label} for i, label in enumerate(labels)]
@@ -82,10 +79,9 @@ def test_a_class_of_three_images_has_one_in_each_split():
 
 def test_the_split_is_the_seed_s_and_can_be_used_again(folder, tmp_path):
     one, two, three = (fc.split_data(fc.Args(seed=seed), fc.read_folders(str(folder)))[0] for seed in (1, 1, 2))
-    assert one == two != three
     fc.write_csv(str(tmp_path / "split.csv"), three)
     again, _ = fc.split_data(fc.Args(split_file=str(tmp_path / "split.csv")), fc.read_folders(str(folder)))
-    assert again == three
+    assert one == two != three == again
 
 
 def test_folders_of_splits(folder, tmp_path):
@@ -158,16 +154,10 @@ def test_the_readme_s_table_from_the_museum_s_records(tmp_path, monkeypatch):
     "flags, says",
     [
         ("", "give --data-dir DIR or --dataset NAME"),
-        ("--data-dir missing", "missing: there is no such folder"),
         ("--data-dir empty", "empty: no images in this folder"),
         ("--data-dir flat", "a folder per class is expected there, or --metadata"),
-        ("--data-dir {folder} --metadata nothing.csv", "nothing.csv cannot be read: [Errno 2]"),
-        (
-            "--data-dir {folder} --metadata table.csv",
-            "table.csv: the columns ['ImageId', 'dc_type'] are expected, not ['a', 'b']",
-        ),
+        ("--data-dir {folder} --metadata table.csv", "table.csv: the columns ['ImageId', 'dc_type'] are expected"),
         ("--dataset Flower", "torchvision has none of that name, but "),
-        ("--dataset Flowers102", "Dataset not found or corrupted"),
         ("--data-dir {folder} --arch resnet19", "--arch resnet19: torchvision has alexnet"),
         ("--data-dir {folder} --weights no.pth", "--weights no.pth: neither a file nor one of IMAGENET1K_V1"),
         ("--data-dir {folder} --weights table.csv", "table.csv cannot be loaded: no file of tensors"),
@@ -179,10 +169,7 @@ def test_the_readme_s_table_from_the_museum_s_records(tmp_path, monkeypatch):
         ("--data-dir {folder} --saliency 3", "need a trained network"),
         ("--data-dir {folder} --epochs 0", "--epochs 0 must be at least 1"),
         ("--data-dir {folder} --learning-rate nan", "--learning-rate nan must be at least 0"),
-        ("--data-dir {folder} --seed -1", "--seed -1 must be at least 0"),
-        ("--data-dir {folder} --workers -1", "--workers -1 must be at least 0"),
         ("--data-dir {folder} --exp-name ../x", "becomes a file's name"),
-        ("--data-dir {folder} --split-file table.csv", "table.csv: the columns ['path', 'split'] are expected"),
     ],
 )
 def test_bad_input_gets_one_line(flags, says, folder, weights, tmp_path):
@@ -193,8 +180,6 @@ def test_bad_input_gets_one_line(flags, says, folder, weights, tmp_path):
     done = run(SCRIPT, *flags.format(folder=folder, weights=weights).split(), cwd=tmp_path, check=False)
     assert done.returncode == 1 and says in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
 
-
-# ----------------------------------------------------------------------------------------------------------- networks
 
 ARCHS = {  # size of the features
     "resnet18": 512, "vgg11": 512, "alexnet": 4096, "squeezenet1_1": 512, "densenet121": 1024, "googlenet": 1024,
@@ -282,14 +267,9 @@ def trained(folder, weights, tmp_path_factory):
 
 
 def test_the_confusion_matrix_has_names_and_counts():
-    figure = fc.draw_confusion(torch.tensor([[3, 1], [0, 17]]), ["cat", "dog"], "title")
-    (axes,) = figure.axes
+    (axes,) = fc.draw_confusion(torch.tensor([[3, 1], [0, 17]]), ["cat", "dog"], "title").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog"]
-    assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
-        ((0, 0), "3"),
-        ((1, 0), "1"),
-        ((1, 1), "17"),
-    }
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {(0, 0): "3", (1, 0): "1", (1, 1): "17"}
 
 
 def test_saliency_has_titles_and_classes(trained):
@@ -414,9 +394,6 @@ def test_a_data_set_of_torchvision(folder, weights, tmp_path, monkeypatch):
     assert "on 18 test images" in out
 
 
-# -------------------------------------------------------------------------------------------------------- whole runs
-
-
 @pytest.mark.parametrize("strategy", ["off-the-shelf", "fine-tune", "scratch"])
 def test_a_run_leaves_what_it_should(trained, strategy, weights):
     folder, out = trained[strategy]
@@ -492,26 +469,13 @@ def test_neither_workers_nor_the_cache_nor_a_signal_change_the_result(folder, tm
     assert scalars(killed, TIME) == scalars(straight, TIME)  # and no point twice
 
 
-@pytest.mark.parametrize("kind", ["full disk", "lost worker"])
-def test_what_ends_a_run_costs_no_work(kind, folder, tmp_path):
-    flags = f"--data-dir {folder} --weights none --arch mobilenet_v3_small --image-size 32 --patience 99 --epochs 400"
-    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000,) * 2)}
-    workers = ["--workers", 1, "--cache-gb", 0] if kind == "lost worker" else ["--workers", 0]
-    process = start(tmp_path, *flags.split(), *workers, **limit if kind == "full disk" else {})
-    if kind == "lost worker":
-        while "epoch 2:" not in process.stdout.readline():
-            assert process.poll() is None
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        while not (worker := children.read_text().split()):
-            pass
-        os.kill(int(worker[0]), signal.SIGKILL)
+def test_a_full_disk_leaves_no_half_file(folder, tmp_path):
+    flags = f"--data-dir {folder} --weights none --arch mobilenet_v3_small --image-size 32 --workers 0"
+    limit = resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)
+    process = start(tmp_path, *flags.split(), preexec_fn=lambda: resource.setrlimit(*limit))
     out = process.communicate(timeout=60)[0]
-    (path,) = (tmp_path / "runs").iterdir()
-    assert process.returncode == 1 and "Traceback" not in out and not list(path.glob("*.tmp")), out
-    if kind == "full disk":
-        assert "cannot be written" in out and not list(path.glob("*.pt"))
-    else:
-        assert torch.load(path / "finetune_classify.pt")["epoch"] >= 2
+    assert process.returncode == 1 and "cannot be written" in out and "Traceback" not in out, out
+    assert not [path for path in only_run(tmp_path / "runs").iterdir() if path.suffix in (".pt", ".tmp")]
 
 
 def test_evaluate_predict_and_saliency(trained, folder, tmp_path):
