@@ -254,20 +254,6 @@ def load_file(path: str) -> dict:
         fail(f"{path} cannot be loaded: {'there is none' if isinstance(error, OSError) else 'no file of tensors'}")
 
 
-def load_weights(args: Args, trunk: nn.Module) -> None:
-    """Load all of `trunk` from what --weights names: a file, or what torchvision downloads once."""
-    if os.path.isfile(args.weights):
-        state = load_file(args.weights)
-        state = state.get("model", state.get("state_dict", state))
-    else:
-        state = models.get_model_weights(args.arch)[args.weights].get_state_dict(progress=False, check_hash=True)
-    shapes = {name: tensor.shape for name, tensor in state.items() if torch.is_tensor(tensor)}
-    wrong = [name for name, tensor in trunk.state_dict().items() if shapes.get(name) != tensor.shape]
-    if wrong:
-        fail(f"--weights {args.weights} is of another architecture: {len(wrong):,} tensors do not fit, as {wrong[0]}")
-    trunk.load_state_dict({name: state[name] for name in trunk.state_dict()})
-
-
 def make_trunk(args: Args, random: bool) -> tuple[nn.Module, int, dict]:
     """A network without its last layer, the number of its features, and its preprocessing."""
     if args.arch.startswith("timm:") or args.arch == "xception":
@@ -306,7 +292,15 @@ def make_trunk(args: Args, random: bool) -> tuple[nn.Module, int, dict]:
             features = trunk.get_submodule(last).in_features
             trunk.set_submodule(last, nn.Identity())
     if not random:
-        load_weights(args, trunk)
+        if os.path.isfile(args.weights):
+            state = load_file(args.weights)
+            state = state.get("model", state.get("state_dict", state))
+        else:  # torchvision downloads it once
+            state = entries[args.weights].get_state_dict(progress=False, check_hash=True)
+        wrong = [k for k, v in trunk.state_dict().items() if getattr(state.get(k), "shape", None) != v.shape]
+        if wrong:
+            fail(f"--weights {args.weights} is of another architecture: {len(wrong):,} tensors, as {wrong[0]}")
+        trunk.load_state_dict(state, strict=False)
     return trunk, features, preprocessing
 
 
@@ -422,12 +416,11 @@ def test(logits: dict, seen: torch.Tensor, targets: dict, split: str) -> tuple[d
 def measure(logits: torch.Tensor, targets: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
     """Shares in [0, 1], and the confusion matrix (true, predicted), of logits `(N, classes)` with int64 targets."""
     logits, targets, n = logits[targets != MISSING], targets[targets != MISSING], logits.shape[1]
-    ranked = logits.topk(min(5, n), dim=1).indices
+    ranked, total = logits.topk(min(5, n), dim=1).indices, max(len(targets), 1)
     confusion = torch.bincount(targets * n + ranked[:, 0], minlength=n * n).view(n, n)
     right, support, chosen = confusion.diag().double(), confusion.sum(dim=1).double(), confusion.sum(dim=0).double()
-    f1, total = (2 * right / (support + chosen).clamp(min=1)).sum(), max(len(targets), 1)
     shares = {"top1": right.sum() / total, "top5": (ranked == targets[:, None]).sum().double() / total}
-    shares["macro_f1"] = f1 / (support > 0).sum().clamp(min=1)
+    shares["macro_f1"] = (2 * right / (support + chosen).clamp(min=1)).sum() / (support > 0).sum().clamp(min=1)
     return {name: share.item() for name, share in shares.items()}, confusion
 
 
@@ -672,8 +665,7 @@ if __name__ == "__main__":
         table = cache
     optimizer = make_optimizer(args, model)
     trained, size = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
-    side = f"images of {pictures.size} pixels, on {device}"
-    print(f"{args.arch}, {args.strategy}: {trained:,} of {size:,} parameters are trained, {side}")
+    print(f"{args.arch}: {trained:,} of {size:,} parameters are trained, images of {pictures.size} pixels, on {device}")
 
     # TRY NOT TO MODIFY: the run's folder and logs
     name = args.dataset or os.path.basename(os.path.abspath(folder))
