@@ -42,7 +42,6 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision import datasets, models
-from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import v2
 
 
@@ -68,7 +67,7 @@ class Args:
     train_fraction: float = 1.0  # share of the training images of every class; the paper tries 0.75, 0.5 and 0.25
 
     # The network and its pruning. With tickets, None stands for what the ticket says.
-    arch: Literal["resnet50", "resnet18", "resnet20", "conv", "mlp"] | None = None  # (None: resnet50, the paper's)
+    arch: Literal["resnet50", "resnet18", "conv", "mlp"] | None = None  # (None: resnet50, the paper's)
     pruning: Literal["global", "channel"] | None = None  # least weights of all layers (None), or channels of each
     prune_fraction: float = 0.2  # share of the remaining weights (channels) that a round prunes
     rounds: int = 31  # rounds of training; the first one is that of the unpruned network
@@ -124,9 +123,9 @@ def fail(message: str) -> NoReturn:
 
 
 def say(line: str, end: str = "\n") -> None:
-    """Print over the progress line, also names that are not UTF-8."""
+    """Print over the progress line."""
     clear = "\r\033[K" if sys.stdout.isatty() else ""
-    print(clear + line.encode(errors="backslashreplace").decode(), end=end, flush=True)
+    print(clear + line, end=end, flush=True)
 
 
 def progress(line: Callable[[], str]) -> None:
@@ -207,11 +206,7 @@ def open_image(path: str, side: int) -> Image.Image:
         if max(short * long, side * side * long // max(short, 1)) > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
         image.load()
-        if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more, which convert() would cut off at 255
-            values = np.asarray(image, dtype=np.float32)
-            top = 65_535 if values.max() > 255 else 255
-            image = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
-        elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")  # over white, as on paper
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return ImageOps.exif_transpose(image).convert("RGB")
@@ -360,18 +355,10 @@ def make_network(arch: str, classes: int, image_size: int, generator, head=None,
         trunk = nn.Sequential(*layers, nn.Linear(300, 100), nn.ReLU())
         network = nn.Sequential(OrderedDict(trunk=trunk, fc=nn.Linear(100, classes)))
     else:
-        if arch == "resnet20":
-            widths, layers = [16] * 4 + [32] * 3 + [64] * 3, [nn.Conv2d(3, 16, 3, 1, 1, bias=False)]
-            layers += [nn.BatchNorm2d(16), nn.ReLU()]
-            for one, two in zip(widths, widths[1:]):  # shortcuts: subsampled and padded (He et al., 2016, option A)
-                pad = nn.ConstantPad3d((0, 0, 0, 0, (two - one) // 2, (two - one) // 2), 0.0)
-                shortcut = nn.Sequential(nn.MaxPool2d(1, 2), pad) if one != two else None
-                layers.append(BasicBlock(one, two, 1 + (one != two), shortcut))
-        else:
-            widths, layers = [3, 32, 64, 128, 256], []
-            for one, two in zip(widths, widths[1:]):
-                layers += [nn.Conv2d(one, two, 3, 1, 1, bias=False), nn.BatchNorm2d(two), nn.ReLU()]
-                layers += [nn.MaxPool2d(2, ceil_mode=True)]
+        widths, layers = [3, 32, 64, 128, 256], []
+        for one, two in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(one, two, 3, 1, 1, bias=False), nn.BatchNorm2d(two), nn.ReLU()]
+            layers += [nn.MaxPool2d(2, ceil_mode=True)]
         trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         network = nn.Sequential(OrderedDict(trunk=trunk, fc=nn.Linear(widths[-1], classes)))
     for module in network.modules():

