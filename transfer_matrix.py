@@ -48,7 +48,7 @@ class Args:
 
 
 # Published results ---------------------------------------------------------------------------------------------------
-# Slides and thesis, rows are sources (fine-tuning, if nothing else is said), columns targets; Catch-v1 is the table's v4.
+# Slides and thesis; rows are sources (fine-tuning, if nothing else is said), columns targets; Catch-v1 is their v4.
 # The hybrid's figures are from the author's curves, of which those of Catch-v1 are mixed up with Catch-v3's.
 MATRICES = {
     "DQV": """
@@ -205,7 +205,7 @@ def read_runs(logdir: str, tags: list[str]) -> list[Run]:
 
 
 def finished_runs(args: Args, others: tuple[str, ...] = ()) -> dict[tuple, dict[int, Run]]:
-    """{(algorithm, mode, source, target): {seed: the newest complete run}}, in order, with the curves of `others` too."""
+    """{(algorithm, mode, source, target): {seed: newest complete run}}, in order, with the curves of `others` too."""
     complete, groups, arms = [], defaultdict(list), defaultdict(dict)
     for run in read_runs(args.logdir, [args.metric, *others]):
         if reason := run.lacks(args.metric):
