@@ -136,7 +136,8 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
         fail(f"--env-id {args.env_id}: {str(error).splitlines()[0]}")
     space, mode = envs.single_observation_space, envs.metadata["autoreset_mode"]
     if space.shape != (4, 84, 84) or space.dtype != np.uint8 or mode != AutoresetMode.NEXT_STEP:
-        fail(f"--env-id {args.env_id}: {space} with {mode}, not uint8 (4, 84, 84) with AutoresetMode.NEXT_STEP")
+        fail(f"--env-id {args.env_id}: {space.dtype} {space.shape} with {mode}, not uint8 (4, 84, 84) with "
+             "AutoresetMode.NEXT_STEP; Atari games are ALE/<Game>-v5")  # fmt: skip
     return envs
 
 
