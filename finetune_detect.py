@@ -110,8 +110,7 @@ PER_IMAGE = {"fast": 0.00125, "retinanet": 0.000625, "fcos": 0.000625, "ssd": 0.
 LOWEST_SCORE, MOST_BOXES = 0.05, 100
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 SPLITS = ("train", "val", "test")
-# Layers that say which class a box is of, which are always new
-HEAD = re.compile(r"box_predictor|cls_logits|head\.classification_head\.module_list|outputs\.")
+HEAD = re.compile(r"box_predictor|cls_logits|head\.classification_head\.module_list|outputs\.")  # is always new
 
 
 def fail(message: str) -> NoReturn:
@@ -142,8 +141,7 @@ def read_voc(paths: list[str]) -> dict:
     data = {"images": [], "annotations": []}
     for path in paths:
         root = ElementTree.parse(path).getroot()
-        name = root.findtext("filename") or os.path.basename(path).removesuffix(".xml")
-        data["images"].append({"id": path, "file_name": name})
+        data["images"].append({"id": path, "file_name": root.findtext("filename")})
         for entry in root.iter("object"):
             x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
             box = {"image_id": path, "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]}
@@ -193,8 +191,8 @@ def find_annotations(args: Args) -> tuple[str, dict[str, tuple[dict, str]]]:
     if args.dataset:
         try:
             for split in files:
-                voc = datasets.VOCDetection(folder, "2007", split, download=args.download)
-                found[split] = read_voc(voc.annotations), ""
+                voc = datasets.VOCDetection(folder, "2007", split, download=args.download).annotations
+                found[split] = read_voc(voc), ""
         except (OSError, RuntimeError) as error:
             fail(f"--dataset {args.dataset}: {error} ({folder})")
         return os.path.join(folder, "VOCdevkit", "VOC2007", "JPEGImages"), found
@@ -230,9 +228,8 @@ def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
                 if not box["category"] or not min(box["bbox"][2:]) > 1:
                     wrong.append(f"{name}: {box['category'] or 'unknown class'}, x, y, width and height {box['bbox']}")
                     continue
-                category = "object" if args.single_class else box["category"]
-                entry = {"image_id": i, "bbox": box["bbox"], "area": math.prod(box["bbox"][2:]), "category": category}
-                coco["annotations"].append(entry | {"iscrowd": box.get("iscrowd", 0)})
+                box |= {"image_id": i, "iscrowd": box.get("iscrowd", 0), "area": math.prod(box["bbox"][2:])}
+                coco["annotations"].append(box | ({"category": "object"} if args.single_class else {}))
     print(*wrong[:20], f"{len(wrong):,} records with an error are left out", sep="\n")
     if args.split_file:
         with open(args.split_file, newline="", encoding="utf-8") as file:
@@ -310,11 +307,10 @@ def read_batches(args: Args, data: Pictures, ids: list[int], device: torch.devic
     if epoch is not None:
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
         ids = [ids[i] for i in order.tolist()]
-    workers = min(args.workers, math.ceil(len(ids) / args.batch_size))
     # a generator of its own: else every pass would draw from the one that dropout and the R-CNNs draw from
-    loader = DataLoader(data, args.batch_size, sampler=ids, num_workers=workers, collate_fn=list,
-                        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
-                        worker_init_fn=leave_process_group, generator=torch.Generator())  # fmt: skip
+    loader = DataLoader(data, args.batch_size, sampler=ids, num_workers=min(args.workers, len(ids)), collate_fn=list,
+                        pin_memory=device.type == "cuda", worker_init_fn=leave_process_group,
+                        generator=torch.Generator())  # fmt: skip
     for items in loader:
         for _, reason, i in (item for item in items if item[0] is None and item[2] not in data.unreadable):
             print(f"left out: {data.coco.imgs[i]['file_name']} cannot be used, {reason}")
@@ -410,8 +406,8 @@ class YOLOv3(nn.Module):
         # part of the state dict, for without its anchors (width, height) in pixels an output means nothing
         self.register_buffer("anchors", torch.tensor(COCO_ANCHORS, dtype=torch.float32))
         # An image's N predictions are in the order of anchors (three a stride), rows and columns
-        grids = [torch.arange(size // stride) for stride in STRIDES for _ in range(3)]
-        cells = [torch.cartesian_prod(grid, grid).flip(1) for grid in grids]
+        sides = [torch.arange(size // stride) for stride in STRIDES for _ in range(3)]
+        cells = [torch.cartesian_prod(side, side).flip(1) for side in sides]
         counts = torch.tensor([len(cell) for cell in cells])
         self.register_buffer("strides", torch.tensor(STRIDES).repeat_interleave(3), persistent=False)  # of an anchor
         self.register_buffer("first", counts.cumsum(0) - counts, persistent=False)  # prediction of an anchor
@@ -468,8 +464,9 @@ class YOLOv3(nn.Module):
         gradient of x and y is not that of the paper's squared error, the binary cross entropy of t_x, t_y.
         """
         with torch.no_grad():
-            pairs = zip(self.decode(raw), boxes)
-            near = torch.stack([(box_iou(box, truth) > 0.5).any(dim=1) for box, truth in pairs])  # yolov3.cfg has 0.7
+            near = [
+                (box_iou(box, truth) > 0.5).any(dim=1) for box, truth in zip(self.decode(raw), boxes)
+            ]  # Darknet: 0.7
         image = torch.cat([torch.full_like(label, i) for i, label in enumerate(labels)])
         truth, label = torch.cat(boxes), torch.cat(labels) - 1
         centre, sides = (truth[:, :2] + truth[:, 2:]) / 2, truth[:, 2:] - truth[:, :2]
@@ -489,7 +486,7 @@ class YOLOv3(nn.Module):
         weight = 2 - sides[last].prod(dim=1, keepdim=True) / self.size**2
         classes = torch.zeros_like(responsible[:, 5:])
         classes[slot, label] = 1.0
-        objects, counted = torch.zeros_like(near, dtype=raw.dtype), (~near).to(raw.dtype)
+        objects, counted = torch.zeros_like(raw[..., 0]), (~torch.stack(near)).to(raw.dtype)
         objects.view(-1)[number] = counted.view(-1)[number] = 1.0
         return {
             "loss_box": (error * weight).sum() / len(raw),
@@ -511,9 +508,7 @@ def load_darknet(model: YOLOv3, path: str) -> list[str]:
     if len(values) > sum(tensor.numel() for tensor in order):
         parts += ["necks.", "outputs."] if same else ["necks."]
         for neck, output in zip(reversed(model.necks), reversed(model.outputs)):
-            output = (
-                output if same else nn.Conv2d(output.in_channels, 255, 1)
-            )  # of COCO's 80 classes; read, and forgotten
+            output = output if same else nn.Conv2d(output.in_channels, 255, 1)  # of COCO's classes, and forgotten
             order += [*tensors(neck), output.bias, output.weight]
     if len(values) != sum(tensor.numel() for tensor in order):
         fail(f"{path} has another length than Darknet's darknet53.conv.74 or yolov3.weights")
@@ -567,10 +562,9 @@ def make_detector(args: Args, num_classes: int) -> nn.Module:
     else:
         # 128 regions an image and 256 hidden units, where torchvision has 512 and 1,024: a third of the time on a CPU
         model = detection.FasterRCNN(
-            pyramid, box_batch_size_per_image=128,
+            pyramid, box_batch_size_per_image=128, box_head=detection.faster_rcnn.TwoMLPHead(256 * 7 * 7, 256),
             rpn_anchor_generator=AnchorGenerator(((32,), (64,), (128,), (256,)), ((0.5, 1.0, 2.0),) * 4),
             box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], output_size=7, sampling_ratio=2),
-            box_head=detection.faster_rcnn.TwoMLPHead(256 * 7 * 7, 256),
             box_predictor=detection.faster_rcnn.FastRCNNPredictor(256, num_classes), **scale,
         )  # fmt: skip
         model.rpn = ExternalProposals() if arch == "fastrcnn" else model.rpn
@@ -652,15 +646,6 @@ def freeze(model: nn.Module, loaded: list[str], args: Args) -> list[nn.Module]:
     return in_evaluation
 
 
-def make_optimizer(args: Args, model: nn.Module) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
-    if args.optimizer == "adam":
-        return torch.optim.Adam(groups, args.learning_rate)
-    return torch.optim.SGD(groups, args.learning_rate, momentum=0.9)
-
-
 # Evaluation -----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def detect(args: Args, model: nn.Module, data: Pictures, ids: list[int], device: torch.device) -> tuple[list, list]:
@@ -679,10 +664,7 @@ def detect(args: Args, model: nn.Module, data: Pictures, ids: list[int], device:
 
 
 def paper_ap(coco: COCO, results: list[dict], ids: list[int], category: int, iou: float) -> float:
-    """AP of a class as in the paper: the area under the interpolated precision-recall curve (VOC 2010 on), or NaN.
-
-    After suppression at IoU 0.45 a box is of the object that it overlaps most: right if by `iou`, and as the first.
-    """
+    """AP of a class as in the paper: the area under the interpolated precision-recall curve (VOC 2010 on), or NaN."""
     boxes, scores, right, total = defaultdict(list), [], [], 0
     for result in results:
         if result["category_id"] == category:
@@ -692,6 +674,7 @@ def paper_ap(coco: COCO, results: list[dict], ids: list[int], category: int, iou
         total += sum(not box["iscrowd"] for box in objects)
         found, values = corners(boxes[i]), torch.tensor([result["score"] for result in boxes[i]])
         kept = nms(found, values, 0.45)
+        # a box is of the object that it overlaps most, and right if it does so by `iou` and as the first one
         for overlaps, value in zip(box_iou(found[kept], corners(objects)), values[kept].tolist()):
             best = int(overlaps.argmax()) if objects else -1
             hit = best >= 0 and bool(overlaps[best] >= iou)
@@ -740,8 +723,9 @@ def draw_detections(data: Pictures, results: list[dict], ids: list[int], thresho
         words = [f"{box['category']} {box['score']:.2f}" for box in found]
         if found:
             size = {"width": max(image.shape) // 300 + 1, "font_size": max(image.shape) // 60 + 8}
-            font = findfont("DejaVu Sans")
-            image = draw_bounding_boxes(image, corners(found), words, font=font, fill_labels=True, **size)
+            image = draw_bounding_boxes(
+                image, corners(found), words, font=findfont("DejaVu Sans"), fill_labels=True, **size
+            )
         path = os.path.join(folder, os.path.splitext(data.coco.imgs[i]["file_name"])[0] + ".png")
         write_file(path, lambda file: v2.functional.to_pil_image(image).save(file, "PNG"))  # noqa: B023
 
@@ -770,7 +754,7 @@ if __name__ == "__main__":
         same = all(saved[name] == getattr(args, name) for name in ("data_dir", "dataset", "annotations"))
         if args.split_file == saved["split_file"]:
             own_split = os.path.join(os.path.dirname(checkpoint["path"]), "split.csv")
-            args.split_file = own_split if same and not args.predict else None
+            args.split_file = own_split if same and not args.predict and os.path.isfile(own_split) else None
         if args.evaluate and args.annotations != saved["annotations"]:
             args.annotations, args.val_annotations, args.test_annotations = None, None, args.annotations
     for name, value in vars(args).items():
@@ -839,9 +823,8 @@ if __name__ == "__main__":
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.Adam(groups) if args.optimizer == "adam" else torch.optim.SGD(groups, momentum=0.9)
     count, total = (sum(p.numel() for p in parameters) for parameters in (trained, model.parameters()))
-    norms = f"{len(in_evaluation):,} batch normalisations frozen"
-    norms += ", momentum 0.1 in the others" if args.strategy == "scratch" else ""
-    print(f"{args.arch}, {args.strategy}: {count:,} of {total:,} parameters are trained, {norms}, on {device}")
+    frozen = f"{len(in_evaluation):,} batch normalisations frozen{', momentum 0.1' * (args.strategy == 'scratch')}"
+    print(f"{args.arch}, {args.strategy}: {count:,} of {total:,} parameters are trained, {frozen}, on {device}")
 
     # TRY NOT TO MODIFY: the run's folder and logs
     name = os.path.basename(os.path.normpath(args.dataset or args.annotations or args.data_dir)).removesuffix(".json")
@@ -870,7 +853,6 @@ if __name__ == "__main__":
         write_file(path, lambda file: torch.save(state, file))
 
     def test(split: str) -> dict[str, float]:
-        """Metrics of a split, logged; with pictures of its first images."""
         results, seen = detect(args, model, data, ids[split], device)
         metrics = measure(coco, results, seen)
         for name, value in metrics.items():
@@ -903,12 +885,9 @@ if __name__ == "__main__":
                     count += 1
                 now, done = time.perf_counter(), done + 1
                 if now - shown > 30 and count:
-                    shown, left = (
-                        now,
-                        timedelta(seconds=round((now - started) / done * ((args.epochs - epoch) * updates - step))),
-                    )
+                    shown, left = now, (now - started) / done * ((args.epochs - epoch) * updates - step)
                     print(f"epoch {epoch + 1}/{args.epochs} {step / updates:.1%}  loss {sums['loss'] / count:.4f}  "
-                          f"{(now - begun) / step:.2f} s/update  ETA {left}", flush=True)  # fmt: skip
+                          f"{(now - begun) / step:.2f} s/update  ETA {timedelta(0, round(left))}", flush=True)  # fmt: skip
             seconds = (time.perf_counter() - begun) / updates
             means = {name: float(value) / count for name, value in sums.items()}
             if not math.isfinite(means.get("loss", math.nan)):
@@ -935,7 +914,5 @@ if __name__ == "__main__":
         writer.close()
         print(f"saved {path}; {len(data.unreadable):,} images could not be used and were left out")
     except KeyboardInterrupt:
-        print(
-            f"\nstopped; python {sys.argv[0]} --resume {run_dir} goes on after the last finished epoch", file=sys.stderr
-        )
+        print(f"\nstopped; python {sys.argv[0]} --resume {run_dir} goes on after the last epoch", file=sys.stderr)
         sys.exit(130)
