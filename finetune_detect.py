@@ -885,9 +885,9 @@ if __name__ == "__main__":
                     count += 1
                 now, done = time.perf_counter(), done + 1
                 if now - shown > 30 and count:
-                    shown, left = now, (now - started) / done * ((args.epochs - epoch) * updates - step)
+                    shown, left = now, round((now - started) / done * ((args.epochs - epoch) * updates - step))
                     print(f"epoch {epoch + 1}/{args.epochs} {step / updates:.1%}  loss {sums['loss'] / count:.4f}  "
-                          f"{(now - begun) / step:.2f} s/update  ETA {timedelta(0, round(left))}", flush=True)  # fmt: skip
+                          f"{(now - begun) / step:.2f} s/update  ETA {timedelta(0, left)}", flush=True)  # fmt: skip
             seconds = (time.perf_counter() - begun) / updates
             means = {name: float(value) / count for name, value in sums.items()}
             if not math.isfinite(means.get("loss", math.nan)):
