@@ -329,11 +329,9 @@ def keep_largest(scores: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def prune(weights: dict, masks: dict, kind: str, fraction: float) -> dict[str, torch.Tensor]:
-    """The next round's masks: `fraction` of what remains is pruned, rounded, and never all of a layer.
+    """The next round's masks: exactly `fraction` of what remains is pruned, rounded, and never all of a layer.
 
-    Weights are pruned by their place in the ranking and not by a threshold: the count is exact. The masks are those of
-    `torch.nn.utils.prune` (global_unstructured, ln_structured with n=1 and dim=0), which would rename the parameters
-    and let "global" empty a layer.
+    They are those of `torch.nn.utils.prune`, which would rename the parameters and let "global" empty a layer.
     """
     if kind == "channel":
         new = {}
@@ -550,7 +548,7 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 def read_settings(run_dir: str) -> dict:
     try:
         settings = json.loads(Path(run_dir, "hyperparameters.json").read_text())
-        return settings | {name: settings[name] for name in ("target", "arm", "seed", "control")}
+        return settings | {name: settings[name] for name in ("target", "arm", "seed", "control", "exp_name")}
     except (OSError, ValueError, KeyError) as error:
         fail(f"{run_dir} is not a run of this script: {error!r} in hyperparameters.json")
 
@@ -560,7 +558,8 @@ def read_runs(folders: list[str]) -> dict[str, dict[str, list[tuple[dict, dict[i
     found = defaultdict(lambda: defaultdict(list))
     for path in sorted({path.resolve() for folder in folders for path in Path(folder).rglob("results.csv")}):
         settings = read_settings(path.parent)
-        group = found[settings["target"]][settings["arm"]]
+        experiment = "" if settings["exp_name"] == Args.exp_name else f" ({settings['exp_name']})"
+        group = found[settings["target"]][settings["arm"] + experiment]
         if settings["seed"] in [other["seed"] for other, _ in group]:
             fail(f"{path}: there is another run of the same arm and seed")
         with open(path, newline="") as file:

@@ -120,11 +120,8 @@ def test_31_rounds_keep_exact_counts_and_nest(kind, levels):
 
 
 def test_pruning_is_torch_s_where_torch_has_it():
-    modules = {
-        "conv1": nn.Conv2d(3, 12, 3, bias=False),
-        "conv2": nn.Conv2d(12, 40, 3, bias=False),
-        "linear": nn.Linear(40, 25, bias=False),
-    }
+    modules = {"conv1": nn.Conv2d(3, 12, 3, bias=False), "conv2": nn.Conv2d(12, 40, 3, bias=False)}
+    modules["linear"] = nn.Linear(40, 25, bias=False)
     for kind in ("global", "channel"):
         masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in SHAPES.items()}
         theirs = {name: torch.ones(shape) for name, shape in SHAPES.items()}
@@ -167,33 +164,24 @@ def test_random_masks_are_as_sparse_in_every_layer_and_nested():
 # ----------------------------------------------------------------------------------------------------------- networks
 
 
-@pytest.mark.parametrize(
-    "arch, size, parameters",
-    [
-        ("mlp", 28, 266_610),
-        ("resnet18", 32, 11_173_962),
-        ("resnet50", 224, 23_528_522),
-        ("conv", 32, 391_466),
-    ],
-)
+NETWORKS = [("mlp", 28, 266_610), ("resnet18", 32, 11_173_962), ("resnet50", 224, 23_528_522), ("conv", 32, 391_466)]
+
+
+@pytest.mark.parametrize("arch, size, parameters", NETWORKS)
 def test_networks(arch, size, parameters):
     network = lt.make_network(arch, 10, size, lt.random_stream(0)).eval()
     assert sum(p.numel() for p in network.parameters()) == parameters
     assert network(torch.zeros(2, 3, size, size)).shape == (2, 10) and network.fc.out_features == 10
     names = lt.prunable(network)
-    assert (
-        all(name.endswith("weight") and weight.ndim > 1 for name, weight in names.items()) and "fc.weight" not in names
-    )
+    assert all(name.endswith("weight") and weight.ndim > 1 for name, weight in names.items())
+    assert "fc.weight" not in names
     others = [p for name, p in network.named_parameters() if name not in names]
     assert all(p.ndim == 1 for p in others if p is not network.fc.weight)
     for weight in [*names.values(), network.fc.weight]:
         receptive = weight[0, 0].numel()
         bound = (6 / (receptive * (weight.shape[0] + weight.shape[1]))) ** 0.5
         assert 0.9 * bound < weight.abs().max() <= bound
-    twin, other = (
-        lt.make_network(arch, 10, size, lt.random_stream(0)),
-        lt.make_network(arch, 10, size, lt.random_stream(1)),
-    )
+    twin, other = (lt.make_network(arch, 10, size, lt.random_stream(seed)) for seed in (0, 1))
     assert same(network.state_dict(), twin.state_dict()) and not torch.equal(network.fc.weight, other.fc.weight)
 
 
@@ -714,15 +702,10 @@ def test_report_of_made_up_runs(tmp_path, capsys):
     assert done.returncode == 1 and "another run of the same arm and seed" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "target, file",
-    [
-        ("Human-LBA", "human_lba"),
-        ("Lung_Tissues", "lung_tissues"),
-        ("artist-1", "artist_classification_1"),
-        ("type", "type_classification"),
-    ],
-)
+CURVES = [("Human-LBA", "human_lba"), ("Lung_Tissues", "lung_tissues"), ("artist-1", "artist_classification_1")]
+
+
+@pytest.mark.parametrize("target, file", [*CURVES, ("type", "type_classification")])
 def test_the_authors_curves_give_the_published_table(target, file, tmp_path):
     """Written as runs of this script; the two cells that differ do so in the author's own logs."""
     with open(ROOT / "tests" / "data" / f"{file}.txt") as curves:
