@@ -15,23 +15,21 @@
 import copy
 import csv
 import fcntl
-import glob
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import signal
-import statistics
 import sys
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import numpy as np
 import torch
@@ -97,50 +95,22 @@ class Args:
 
 
 SPLITS = ("train", "val", "test")
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
-MAX_PIXELS = 2**28  # of an image in memory, before and after resizing
-pyplot.switch_backend("Agg")
-Image.MAX_IMAGE_PIXELS = None  # scans of museums exceed Pillow's limit
 TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion-mnist": datasets.FashionMNIST,
                "mnist": datasets.MNIST}  # fmt: skip
-
+TICKET = ("mask", "weights", "trained", "meta")
 # Smallest and largest value of numeric flags
 BOUNDS = {
     "seed": (0, 2**63), "workers": (0, 1024), "image_size": (2, 4096), "train_fraction": (1e-6, 1),
     "prune_fraction": (1e-6, 0.999), "rounds": (1, 100), "epochs": (1, 10**6), "patience": (0, 10**6),
-    "batch_size": (2, 10**6), "learning_rate": (0, 1e15), "lr_decay": (0, 1), "momentum": (0, 1), 
+    "batch_size": (2, 10**6), "learning_rate": (0, 1e15), "lr_decay": (0, 1), "momentum": (0, 1),
     "weight_decay": (0, 1),
 }  # fmt: skip
-
-# Flags that may change when a run is continued
-CHANGEABLE = "cuda amp compile workers logdir resume track dataset data_dir download rounds"
-CHANGEABLE += " tickets save_networks report out"
-TICKET = {"mask", "weights", "trained", "meta"}
+pyplot.switch_backend("Agg")
+Image.MAX_IMAGE_PIXELS = 2**27  # Pillow refuses images of twice as many, and warns of smaller ones
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str) -> None:
     sys.exit(f"{os.path.basename(__file__)}: error: {message}")
-
-
-def say(line: str, end: str = "\n") -> None:
-    """Print over the progress line."""
-    clear = "\r\033[K" if sys.stdout.isatty() else ""
-    print(clear + line, end=end, flush=True)
-
-
-def progress(line: Callable[[], str]) -> None:
-    """Say the line every second, over the last one, or every 30 seconds where the output is not a terminal."""
-    tty = sys.stdout.isatty()
-    if time.monotonic() - progress.last > (1 if tty else 30):
-        progress.last = time.monotonic()
-        say(line(), end="" if tty else "\n")
-
-
-progress.last = time.monotonic()
-
-
-def some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def random_stream(*key) -> torch.Generator:
@@ -148,7 +118,7 @@ def random_stream(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big"))
 
 
-def save_atomically(path: str, write: Callable[[str], None]) -> None:
+def save_atomically(path: str, write) -> None:
     """`write(temporary path)`, then rename; nothing half written is left, also when the disk is full."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -162,13 +132,11 @@ def save_atomically(path: str, write: Callable[[str], None]) -> None:
 
 
 def save_table(path: str, rows: list[dict]) -> None:
-    def write(temporary: str) -> None:
-        with open(temporary, "w", newline="", errors="surrogateescape") as file:
-            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
-
-    save_atomically(path, write)
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    save_atomically(path, lambda temporary: Path(temporary).write_text(text.getvalue()))
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -182,85 +150,57 @@ def rank_in_class(labels: torch.Tensor, generator: torch.Generator) -> tuple[tor
     return rank, size, (size / 10).round().maximum(size >= 3)  # a class of three images has one in each split
 
 
-def find_images(folder: str) -> list[str]:
-    """Paths of the images below `folder`, relative to it, sorted; a file that links lead to as well is there once."""
-    paths = {}
-
-    def unreadable(error: OSError) -> NoReturn:
-        fail(f"--dataset folder:{folder}: {error}")
-
-    for root, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        here = os.path.realpath(root) + os.sep  # a link to a folder above would never end
-        folders[:] = [name for name in folders if not here.startswith(os.path.realpath(f"{root}/{name}") + os.sep)]
-        for path in (os.path.join(root, name) for name in names):
-            if os.path.splitext(path)[1].lower() in IMAGES:
-                paths.setdefault(os.path.realpath(path), []).append(os.path.relpath(path, folder))
-    return sorted(min(same, key=lambda path: (path.count(os.sep), path)) for same in paths.values())
-
-
-def open_image(path: str, side: int) -> Image.Image:
-    """The image upright in RGB, its shorter side at least `side` pixels if it has them; may raise anything."""
+def open_image(path: str, side: int) -> torch.Tensor:
+    """The image upright, its shorter side resized to `side` and the middle cut out: uint8 `(side, side, 3)`."""
     with Image.open(path) as image:
         image.draft("RGB", (2 * side, 2 * side))  # JPEGs are decoded at the fraction that suffices
-        short, long = sorted(image.size)
-        if max(short * long, side * side * long // max(short, 1)) > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are too many")
-        image.load()
+        if side**2 * max(image.size) > 2**28 * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels are too long")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")  # over white, as on paper
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image).convert("RGB")
+    return v2.Compose([v2.Resize(side), v2.CenterCrop(side), v2.PILToTensor()])(image).permute(1, 2, 0)
 
 
 def read_folder(args: Args, folder: str) -> tuple[list[str], dict, list[dict]]:
     """What load_data returns of a folder per class, or of train/, val/ and test/ with those."""
-    found = [path.split(os.sep) for path in find_images(folder)]
-    presplit = set(SPLITS) <= {parts[0] for parts in found}
-    found = [parts for parts in found if len(parts) > 1 + presplit and (not presplit or parts[0] in SPLITS)]
-    if not found:
-        fail(f"--dataset folder:{folder}: no images in folders per class, or in train/, val/ and test/ with those")
-    paths, names = [os.sep.join(parts) for parts in found], [parts[presplit] for parts in found]
-    side, unreadable = round(args.image_size * 8 / 7), {}
-    pixels = torch.zeros(len(paths), side, side, 3, dtype=torch.uint8)
-    transform = v2.Compose([v2.Resize(side, antialias=True), v2.CenterCrop(side), v2.PILToTensor()])
+    presplit = all(os.path.isdir(os.path.join(folder, split)) for split in SPLITS)
+    try:
+        roots = [datasets.ImageFolder(os.path.join(folder, split)) for split in (SPLITS if presplit else [""])]
+    except OSError as error:
+        fail(f"--dataset folder:{folder}: {error}")
+    found = [(path, root.classes[label], i) for i, root in enumerate(roots) for path, label in root.samples]
+    found.sort(key=lambda image: (image[0].count(os.sep), image[0]), reverse=True)
+    found = sorted({os.path.realpath(image[0]): image for image in found}.values())  # links may lead there twice
+    side, unreadable = round(args.image_size * 8 / 7), {}  # with a margin for crops
+    pixels = torch.zeros(len(found), side, side, 3, dtype=torch.uint8)
 
     def read(i: int) -> None:
         try:
-            pixels[i] = transform(open_image(os.path.join(folder, paths[i]), side)).permute(1, 2, 0)
+            pixels[i] = open_image(found[i][0], side)
         except Exception as error:  # Pillow's plugins raise whatever their formats make them
-            unreadable[i] = f"{paths[i]} ({type(error).__name__}: {error})"
+            unreadable[i] = f"{found[i][0]}: {error}"
 
-    # Pillow decodes and resizes without the interpreter's lock
-    pool = ThreadPoolExecutor(args.workers or os.cpu_count())
-    try:
-        for done, _ in enumerate(pool.map(read, range(len(paths)))):
-            progress(lambda: f"decoding {folder}: {done / len(paths):.1%}")
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(args.workers or os.cpu_count()) as pool:  # Pillow does without the interpreter's lock
+        list(pool.map(read, range(len(found))))
     if unreadable:
-        say(f"{len(unreadable):,} images cannot be read and are left out: {some(sorted(unreadable.values()))}")
-    classes = sorted(set(names))
-    labels = torch.tensor([classes.index(name) for name in names])
-    readable = torch.tensor([i not in unreadable for i in range(len(paths))])
-    if presplit:
-        split = torch.tensor([SPLITS.index(parts[0]) for parts in found])
-    else:
-        rank, _, tenth = rank_in_class(labels[readable], random_stream(args.seed, "split"))
-        split = torch.zeros_like(labels)
-        split[readable] = (rank < 2 * tenth).long() + (rank < tenth).long()
-    present = [set(labels[readable & (split == i)].tolist()) for i in range(3)]
-    kept = sorted(set.intersection(*present))
-    if len(kept) < len(classes):
-        lost = [name for i, name in enumerate(classes) if i not in kept]
-        say(f"{len(lost):,} classes are not in all of train, val and test and are left out: {some(lost)}")
-    if len(kept) < 2:
-        fail(f"--dataset folder:{folder}: {len(kept)} classes have images in all of train, val and test, 2 are needed")
-    readable &= torch.isin(labels, torch.tensor(kept))
-    members = {name: (readable & (split == i)).nonzero()[:, 0] for i, name in enumerate(SPLITS)}
-    rows = [{"path": paths[i], "split": name, "class": names[i]} for name in SPLITS for i in members[name].tolist()]
-    labels = torch.bucketize(labels, torch.tensor(kept))
+        print(f"{len(unreadable):,} images cannot be read and are left out:", *unreadable.values(), sep="\n    ")
+        readable = [i for i in range(len(found)) if i not in unreadable]
+        found, pixels = [found[i] for i in readable], pixels[readable]
+    classes = sorted({name for _, name, _ in found})
+    labels = torch.tensor([classes.index(name) for _, name, _ in found])
+    split = torch.tensor([i for *_, i in found])
+    if not presplit:
+        rank, _, tenth = rank_in_class(labels, random_stream(args.seed, "split"))
+        split = (rank < 2 * tenth).long() + (rank < tenth).long()
+    members = {name: (split == i).nonzero()[:, 0] for i, name in enumerate(SPLITS)}
+    if len(classes) < 2 or any(len(labels[chosen].unique()) < len(classes) for chosen in members.values()):
+        fail(f"--dataset folder:{folder}: two classes or more are needed, each with images in train, val and test")
     parts = {name: (pixels[chosen], labels[chosen]) for name, chosen in members.items()}
-    return [classes[i] for i in kept], parts, rows
+    rows = [{"path": os.path.relpath(found[i][0], folder), "split": name, "class": found[i][1]}
+            for name in SPLITS for i in members[name].tolist()]  # fmt: skip
+    return classes, parts, rows
 
 
 def load_data(args: Args) -> tuple[list[str], dict[str, tuple[torch.Tensor, torch.Tensor]], list[dict]]:
@@ -276,8 +216,7 @@ def load_data(args: Args) -> tuple[list[str], dict[str, tuple[torch.Tensor, torc
                 images = torch.as_tensor(found.data)
                 parts[split] = images if images.ndim == 4 else images[..., None], torch.as_tensor(found.targets)
         except (RuntimeError, OSError) as error:
-            hint = "" if args.download else "; --download fetches it"
-            fail(f"--data-dir {args.data_dir}: {args.dataset} could not be read ({' '.join(str(error).split())}){hint}")
+            fail(f"--data-dir {args.data_dir}: {error}")
         classes, (images, labels) = list(found.classes), parts["train"]
         args.image_size = args.image_size or images.shape[1]
         rank, _, tenth = rank_in_class(labels, random_stream(args.seed, "split"))
@@ -306,6 +245,11 @@ class Images:
         # (image, top, left, row, column, channel) without a copy: cutting out is one look-up, several times as fast
         # as one with rows and columns
         self.windows = pixels.unfold(1, crop, 1).unfold(2, crop, 1).permute(0, 1, 2, 4, 5, 3)
+
+    def updates(self, batch_size: int) -> int:
+        """Number of batches; one image alone is none, as batch normalisation needs two values."""
+        full, rest = divmod(len(self.labels), batch_size)
+        return full + (rest > 1)
 
     def plan_epoch(self, seed: int, epoch: int) -> tuple[torch.Tensor, ...]:
         """The order of the images `(N,)`, the corners of their crops `(N, 2)` and which are mirrored `(N,)`.
@@ -384,43 +328,36 @@ def keep_largest(scores: torch.Tensor, n: int) -> torch.Tensor:
     return kept
 
 
-def expand_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The mask of the weights of `shape` from one of them or of their output channels."""
-    return mask.view(*mask.shape, *[1] * (len(shape) - mask.ndim)).expand(shape).clone()
-
-
 def prune(weights: dict, masks: dict, kind: str, fraction: float) -> dict[str, torch.Tensor]:
-    """The next round's masks: `fraction` of what remains is pruned, rounded, and never all of a layer.
+    """The next round's masks: exactly `fraction` of what remains is pruned, rounded, and never all of a layer.
 
-    Only what remains is ranked, by its place in the ranking and not by a threshold: the count is exact. The masks are
-    those of `torch.nn.utils.prune` (global_unstructured, ln_structured with n=1 and dim=0), which would rename the
-    parameters and let "global" empty a layer.
+    They are those of `torch.nn.utils.prune`, which would rename the parameters and let "global" empty a layer.
     """
-    scores = {name: weights[name].abs() for name in masks}
     if kind == "channel":
-        scores = {name: score.flatten(1).sum(dim=1) for name, score in scores.items()}
-        masks = {name: mask.flatten(1).any(dim=1) for name, mask in masks.items()}
-    remaining = {name: score[masks[name]] for name, score in scores.items()}
-    if kind == "channel":
-        left = {name: max(len(values) - round(fraction * len(values)), 1) for name, values in remaining.items()}
-        kept = {name: keep_largest(values, left[name]) for name, values in remaining.items()}
-    else:
-        for values in remaining.values():  # the largest weight of a layer outranks all others
-            values[(values == values.max()).nonzero()[-1, 0]] = torch.inf
-        everything, sizes = torch.cat(list(remaining.values())), [len(values) for values in remaining.values()]
-        left = max(len(everything) - round(fraction * len(everything)), len(sizes))
-        kept = dict(zip(remaining, keep_largest(everything, left).split(sizes)))
-    new = {name: torch.zeros_like(mask).masked_scatter(mask, kept[name]) for name, mask in masks.items()}
-    return {name: expand_mask(mask, weights[name].shape) for name, mask in new.items()}
+        new = {}
+        for name, mask in masks.items():
+            scores = weights[name].abs().flatten(1).sum(dim=1).masked_fill(~mask.flatten(1).any(dim=1), -1.0)
+            remaining = int((scores >= 0).sum())
+            kept = keep_largest(scores, max(remaining - round(fraction * remaining), 1))
+            new[name] = mask & kept.view(-1, *[1] * (mask.ndim - 1))
+        return new
+    scores = [weights[name].abs().masked_fill(~mask, -1.0).flatten() for name, mask in masks.items()]
+    for values in scores:  # the largest weight of a layer outranks all others
+        values[(values == values.max()).nonzero()[-1, 0]] = torch.inf
+    remaining = sum(int(mask.sum()) for mask in masks.values())
+    kept = keep_largest(torch.cat(scores), max(remaining - round(fraction * remaining), len(masks)))
+    layers = kept.split([mask.numel() for mask in masks.values()])
+    return {name: layer.reshape(mask.shape) for layer, (name, mask) in zip(layers, masks.items())}
 
 
 def random_masks(masks: dict, kind: str, seed: int) -> dict[str, torch.Tensor]:
     """Masks that keep as many weights (channels) of every layer, at random; nested over the rounds of a seed."""
     new = {}
     for name, mask in masks.items():
-        ranked = mask.flatten(1).any(dim=1) if kind == "channel" else mask
-        scores = torch.rand(ranked.numel(), generator=random_stream(seed, "mask", name))
-        new[name] = expand_mask(keep_largest(scores, int(ranked.sum())).view(ranked.shape), mask.shape)
+        ranked = mask.flatten(1).any(dim=1) if kind == "channel" else mask.flatten()
+        scores = torch.rand(len(ranked), generator=random_stream(seed, "mask", name))
+        kept = keep_largest(scores, int(ranked.sum()))
+        new[name] = kept.view(len(mask), -1).expand(len(mask), mask[0].numel()).reshape(mask.shape)
     return new
 
 
@@ -445,7 +382,7 @@ def learn(network: nn.Module, optimizer, sparse: tuple[list, list] | None, image
     Weights that are zero, a gradient of zero and an optimizer that never knew another keep what is pruned, and its
     momentum, at exactly zero: masking weights and momentum too would cost four times as much and change nothing.
     """
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp and images.is_cuda):
         loss = F.cross_entropy(network(images), labels)
     optimizer.zero_grad()
     loss.backward()
@@ -463,7 +400,7 @@ def evaluate(network: nn.Module, split: Images, amp: bool) -> torch.Tensor:
     totals = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
     for in_order in torch.arange(len(split.labels), device=split.labels.device).split(256):
         images, labels = split.batch(slice(None), in_order)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp and images.is_cuda):
             logits = network(images)
         right = (logits.argmax(dim=1) == labels).sum()
         totals += torch.stack([F.cross_entropy(logits.float(), labels, reduction="sum"), right]).double()
@@ -483,20 +420,79 @@ def rewind_steps(text: str, per_epoch: int) -> int:
     return int(found[1] or 0) * per_epoch + int(found[2] or 0)
 
 
+def train_round(
+    args: Args, r: int, network: nn.Module, masks: dict, images: dict, step: int, keep_from: int, rounds_to_come: int,
+    writer: SummaryWriter, state: dict, checkpoint: str,
+) -> dict:  # fmt: skip
+    """Train round `r` from update `step` on, or as `state` (of the checkpoint) has it, which is kept up to date.
+
+    Returns {step, best: scalars and weights, start: the weights at update `keep_from`, seconds}.
+    """
+    weights, per_epoch, sparse = prunable(network), images["train"].updates(args.batch_size), None
+    total, optimizer = args.epochs * per_epoch, make_optimizer(args, network)
+    if not all(mask.all() for mask in masks.values()):
+        # in the memory order of the weights, or multiplying would be slow
+        factors = [torch.empty_like(weight).copy_(masks[name]) for name, weight in weights.items()]
+        sparse = list(weights.values()), factors
+    now = {"round": r, "step": step, "best": {"val_loss": math.inf}, "stale": 0, "start": None, "seconds": 0.0}
+    if state["round"] and state["round"]["round"] == r:
+        now = state["round"]
+        network.load_state_dict(now["network"])
+        optimizer.load_state_dict(copy.deepcopy(now["optimizer"]))  # it keeps the tensors
+    step, best, stale, start = (now[name] for name in ("step", "best", "stale", "start"))
+    begun, first_step, printed_at = time.perf_counter(), step, -math.inf
+    saved_at = begun
+    while step < total and not (args.patience and stale >= args.patience and step > keep_from):
+        # the learning rate and the images that belong to the epoch
+        epoch, first_batch = divmod(step, per_epoch)
+        rate = args.learning_rate * args.lr_decay ** sum(epoch >= milestone for milestone in args.milestones)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        plan = images["train"].plan_epoch(args.seed, epoch)
+        network.train()
+        loss_sum, seen = 0.0, 0
+        for batch in range(first_batch, per_epoch):
+            if step == keep_from:
+                start = copy.deepcopy(network.state_dict())
+            part = slice(batch * args.batch_size, (batch + 1) * args.batch_size)
+            pictures, labels = images["train"].batch(part, *plan)
+            loss = learn(network, optimizer, sparse, pictures, labels, args.amp)
+            loss_sum, seen, step = loss_sum + loss * len(labels), seen + len(labels), step + 1
+            if time.perf_counter() - printed_at > 10:
+                printed_at = time.perf_counter()
+                speed = (step - first_step) / (printed_at - begun)
+                eta = timedelta(seconds=int((total - step + rounds_to_come * (total - keep_from)) / speed))
+                print(f"round {r} epoch {epoch + 1}/{args.epochs} {(batch + 1) / per_epoch:.0%}  loss {loss:.4f}  "
+                      f"{speed * args.batch_size:,.0f} images/s  ETA of the run {eta} at most", flush=True)  # fmt: skip
+        entry = {"round": r, "epoch": epoch + 1, "train_loss": float(loss_sum) / seen, "learning_rate": rate}
+        entry["val_loss"], entry["val_accuracy"] = evaluate(network, images["val"], args.amp).tolist()
+        if not math.isfinite(entry["train_loss"] + entry["val_loss"]):
+            fail(f"the loss is not finite in round {r}, epoch {epoch + 1}: try a lower --learning-rate")
+        log_epoch(writer, entry)
+        copies = copy.deepcopy({"network": network.state_dict(), "optimizer": optimizer.state_dict()})
+        stale += 1
+        if entry["val_loss"] < best["val_loss"] or not args.patience:
+            best, stale = entry | {"network": copies["network"]}, 0
+        seconds = now["seconds"] + time.perf_counter() - begun
+        snapshot = {"round": r, "step": step, "best": best, "stale": stale, "start": start, "seconds": seconds}
+        state.update(history=[*state["history"], entry], round=copies | snapshot)
+        if time.perf_counter() - saved_at > 30:
+            save_atomically(checkpoint, lambda path: torch.save(state, path))
+            saved_at = time.perf_counter()
+    if step > first_step:
+        speed = (step - first_step) * args.batch_size / (time.perf_counter() - begun)
+        writer.add_scalar("charts/images_per_second", speed, r)
+    return state["round"]
+
+
 # Tickets -------------------------------------------------------------------------------------------------------------
-def load_file(path: str, needed: set[str]) -> dict:
+def load_file(path: str, needed: tuple[str, ...]) -> dict:
     """A checkpoint, or a ticket {mask: bool by name, weights: at the round's start, trained: at its end, meta}."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return content | {name: content[name] for name in needed}
-    except FileNotFoundError as error:
-        fail(str(error))
     except Exception:  # not torch's advice to load it without weights_only
-        fail(f"{path} is damaged or not a file of this script")
-
-
-def shapes(state: dict) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in state.items() if not name.startswith("fc.")}
+        fail(f"{path} is missing, damaged or not a file of this script")
 
 
 def start_from_ticket(network: nn.Module, path: str, control: str, seed: int) -> dict[str, torch.Tensor]:
@@ -504,18 +500,19 @@ def start_from_ticket(network: nn.Module, path: str, control: str, seed: int) ->
 
     The last layer stays as it is, so that it is the same in all arms.
     """
-    ticket, own = load_file(path, TICKET), network.state_dict()
-    if shapes(ticket["mask"]) != shapes(prunable(network)) or shapes(ticket["weights"]) != shapes(own):
-        fail(f"{path} does not fit the network for images of this size: its layers are others")
-    masks = {name: mask for name, mask in ticket["mask"].items() if not name.startswith("fc.")}
+    ticket = load_file(path, TICKET)
+    masks, kind = ticket["mask"], ticket["meta"]["pruning"]
     if control == "random-mask":
-        masks = random_masks(masks, ticket["meta"]["pruning"], seed)
+        masks = random_masks(masks, kind, seed)
         # the weights that the mask may need and the ticket has pruned
         ticket = load_file(os.path.join(os.path.dirname(path), "round_00.pt"), TICKET)
-    if control != "reinit":
-        state = ticket["trained" if control == "trained" else "weights"]
-        network.load_state_dict(own | {name: state[name] for name in shapes(state)})
-    apply_masks(network, masks)
+    try:
+        if control != "reinit":
+            last_layer = {name: tensor for name, tensor in network.state_dict().items() if name.startswith("fc.")}
+            network.load_state_dict(ticket["trained" if control == "trained" else "weights"] | last_layer)
+        apply_masks(network, masks)
+    except (KeyError, RuntimeError):
+        fail(f"{path} does not fit the network for images of this size: its layers are others")
     return masks
 
 
@@ -536,7 +533,7 @@ T95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student
 def mean_and_half(shares: list[float]) -> tuple[float, float]:
     """The mean, in percent, and half of its 95 % interval (Student's t; 0 for a single value)."""
     t, n = T95[min(len(shares), 10) - 2], len(shares)
-    return 100 * statistics.fmean(shares), 100 * t * statistics.stdev(shares) / math.sqrt(n) if n > 1 else 0.0
+    return 100 * np.mean(shares), 100 * t * np.std(shares, ddof=1) / math.sqrt(n) if n > 1 else 0.0
 
 
 def shown(shares: list[float]) -> str:
@@ -544,36 +541,27 @@ def shown(shares: list[float]) -> str:
     return f"{mean:.2f} ± {half:.2f}" if half else f"{mean:.2f}".replace("nan", "–")
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    print("\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n")
 
 
 def read_settings(run_dir: str) -> dict:
     try:
         settings = json.loads(Path(run_dir, "hyperparameters.json").read_text())
-        return settings | {name: settings[name] for name in ("target", "arm", "seed", "control")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return settings | {name: settings[name] for name in ("target", "arm", "seed", "control", "exp_name")}
+    except (OSError, ValueError, KeyError) as error:
         fail(f"{run_dir} is not a run of this script: {error!r} in hyperparameters.json")
-
-
-def differences(one: dict, other: dict, ignored: set[str]) -> str:
-    names = [name for name in sorted({*one, *other} - ignored) if one.get(name) != other.get(name)]
-    return "; ".join(f"{name} {one.get(name)} and {other.get(name)}" for name in names)
 
 
 def read_runs(folders: list[str]) -> dict[str, dict[str, list[tuple[dict, dict[int, dict]]]]]:
     """{target: {arm: [(settings, {round: row}) of every seed]}}"""
     found = defaultdict(lambda: defaultdict(list))
-    paths = [path for folder in folders for path in glob.glob(f"{glob.escape(folder)}/**/results.csv", recursive=True)]
-    for path in sorted({os.path.realpath(path) for path in paths}):
-        settings = read_settings(os.path.dirname(path)) | {"path": path}
-        other_name = f" ({settings['exp_name']})" if settings["exp_name"] != Args.exp_name else ""
-        group = found[settings["target"]][settings["arm"] + other_name]
-        for other, _ in group:
-            if other["seed"] == settings["seed"]:
-                fail(f"{path} and {other['path']} are the same run twice")
-            if differ := differences(other, settings, {"seed", "source_seed", "path", "flags"}):
-                fail(f"{other['path']} and {path} are of one arm but differ in {differ}")
+    for path in sorted({path.resolve() for folder in folders for path in Path(folder).rglob("results.csv")}):
+        settings = read_settings(path.parent)
+        experiment = "" if settings["exp_name"] == Args.exp_name else f" ({settings['exp_name']})"
+        group = found[settings["target"]][settings["arm"] + experiment]
+        if settings["seed"] in [other["seed"] for other, _ in group]:
+            fail(f"{path}: there is another run of the same arm and seed")
         with open(path, newline="") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
         group.append((settings, {int(row["round"]): row for row in rows}))
@@ -586,7 +574,7 @@ def plot_accuracy(axes, label: str, runs: list[dict[int, dict]], measure: str = 
     """Mean of the runs and its 95 % interval against the weights that are left."""
     rounds = sorted(set().union(*runs))
     rows = [[rows[r] for rows in runs if r in rows] for r in rounds]
-    left = [100 * (1 - statistics.fmean(row["sparsity"] for row in group)) for group in rows]
+    left = [100 * (1 - np.mean([row["sparsity"] for row in group])) for group in rows]
     means, halves = np.array([mean_and_half([row[measure] for row in group]) for group in rows]).T
     if label.startswith("dense"):  # there is one, to be compared with all sparsities
         axes.axhline(means[0], color="black", linestyle="--", label=label)
@@ -596,8 +584,6 @@ def plot_accuracy(axes, label: str, runs: list[dict[int, dict]], measure: str = 
         axes.fill_between(left, means - halves, means + halves, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xscale="log", xlabel="weights left, %", ylabel="accuracy, %")
     axes.set_xlim(110, min(*axes.get_xlim(), 0.9 * left[-1]))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("")
 
 
 def report(folders: list[str], out: str) -> None:
@@ -606,39 +592,36 @@ def report(folders: list[str], out: str) -> None:
     for target, arms in sorted(read_runs(folders).items()):
         arms = dict(sorted(arms.items(), key=lambda item: (item[0] != "dense", not item[0].startswith("own"), item[0])))
         runs = {arm: [rows for _, rows in group] for arm, group in arms.items()}
-        labels = {arm: f"{arm}, n = {len(runs[arm])}" for arm in runs}
+        labels = [f"{arm}, n = {len(group)}" for arm, group in runs.items()]
 
-        def at(arm: str, r: int, measure: str = "test_accuracy") -> list[float]:
+        def at(arm: str, r: int, measure: str) -> list[float]:
             return [rows[r][measure] for rows in runs[arm] if r in rows]
 
         print(f"### {target}: test accuracy in %, mean ± half of the 95 % interval over seeds\n")
         lines = []
         for r in sorted({r for group in runs.values() for rows in group for r in rows}):
             sparsities = sorted({f"{value:.3f}" for arm in runs for value in at(arm, r, "sparsity")})
-            lines.append([str(r), " / ".join(sparsities), *(shown(at(arm, r)) for arm in runs)])
-        print(markdown(["round", "sparsity", *labels.values()], lines))
+            lines.append([str(r), " / ".join(sparsities), *(shown(at(arm, r, "test_accuracy")) for arm in runs)])
+        print_table(["round", "sparsity", *labels], lines)
         published = PUBLISHED.get(re.sub(r"[\s_]+", "-", target.lower()), "").split(", ")
         published, lines = dict(zip(PUBLISHED_ARMS, published)), []
         for arm, group in runs.items():
-            cells = []
+            cells = [arm]
             for measure in ("val_accuracy", "test_accuracy"):
-                in_all = sorted(set.intersection(*map(set, group)))
-                best = max(in_all, key=lambda r: statistics.fmean(at(arm, r, measure)))
-                cells.append(f"{shown(at(arm, best))} ({statistics.fmean(at(arm, best, 'sparsity')):.3f})")
+                best = max(sorted(set.intersection(*map(set, group))), key=lambda r: np.mean(at(arm, r, measure)))
+                cells.append(f"{shown(at(arm, best, 'test_accuracy'))} ({np.mean(at(arm, best, 'sparsity')):.3f})")
             settings = arms[arm][0][0]
-            alike = settings["control"] in ("none", "dense") and settings["train_fraction"] == 1
-            name = settings.get("source_dataset") or arm.split("-")[0]
-            lines.append([arm, *cells, alike and published.get(name) or "–"])
+            as_published = settings["control"] in ("none", "dense") and settings["train_fraction"] == 1
+            source = settings.get("source_dataset") or arm.split("-")[0]
+            lines.append([*cells, published.get(source, "–") if as_published else "–"])
         head = ["best ticket (its sparsity)", "chosen on validation", "highest on test, as published", "published"]
-        print(markdown(head, lines))
+        print_table(head, lines)
         figure, axes = pyplot.subplots(figsize=(8.5, 4.2), layout="constrained")
-        for arm in runs:
-            plot_accuracy(axes, labels[arm], runs[arm])
+        for label, group in zip(labels, runs.values()):
+            plot_accuracy(axes, label, group)
         axes.set_title(target)
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        path = os.path.join(out, f"lottery_{target}.png".replace(" ", "_"))
-        save_figure(figure, path)
-        print(f"{path}\n")
+        save_figure(figure, os.path.join(out, f"lottery_{target}.png".replace(" ", "_")))
 
 
 def save_figure(figure, path: str) -> None:
@@ -668,10 +651,10 @@ if __name__ == "__main__":
     run_dir = args.resume
     if run_dir:
         run_dir = os.path.dirname(os.path.abspath(run_dir)) if os.path.isfile(run_dir) else run_dir
-        args = tyro.cli(Args, default=Args(**read_settings(run_dir).get("flags", {})))
+        settings = read_settings(run_dir)
+        args = tyro.cli(Args, default=Args(**{name: settings[name] for name in vars(args) if name in settings}))
     if args.report:
         sys.exit(report(args.report, args.out))
-    flags = {name: value for name, value in vars(args).items() if name not in ("resume", "download")}
     for name, (low, high) in BOUNDS.items():
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             fail(f"--{name.replace('_', '-')} must be between {low} and {high}, not {getattr(args, name)}")
@@ -681,7 +664,7 @@ if __name__ == "__main__":
     # The tickets, {round: path}, and what they say about the network
     tickets, source = {}, {}
     if args.tickets:
-        for path in sorted(glob.glob(f"{glob.escape(args.tickets)}/round_*.pt")) or [args.tickets]:
+        for path in sorted(map(str, Path(args.tickets).glob("round_*.pt"))) or [args.tickets]:
             source = load_file(path, TICKET)["meta"]
             tickets |= {source["round"]: path} if source["round"] < args.rounds else {}
         for name in ("arch", "pruning", "rewind"):
@@ -693,11 +676,10 @@ if __name__ == "__main__":
     args.epochs = args.epochs or (6 if args.arch in ("conv", "mlp") else 90)
     args.milestones = args.milestones or [round(args.epochs * share / 90) for share in (50, 60, 75)]
     if args.control == "dense":
-        tickets, source, args.pruning, args.rewind, args.prune_fraction = {0: None}, {}, None, None, None
+        tickets, source = {0: None}, {}
 
     # TRY NOT TO MODIFY: device, and signals that end the run as Ctrl-C does unless nohup ignores them
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    amp = args.amp and device.type == "cuda"
     torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("high")
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -705,25 +687,20 @@ if __name__ == "__main__":
             signal.signal(number, signal.default_int_handler)
 
     # Data
-    target = os.path.basename(os.path.abspath(args.dataset.removeprefix("folder:")))
-    try:
-        classes, parts, split_rows = load_data(args)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sizes = {split: len(parts[split][1]) for split in SPLITS}
-    say(f"{target}: {', '.join(f'{n:,} {split}' for split, n in sizes.items())} images, {len(classes):,} classes")
-    full, rest = divmod(sizes["train"], args.batch_size)
-    per_epoch = full + (rest > 1)  # one image alone is no batch: batch normalisation needs two values
+    classes, parts, split_rows = load_data(args)
+    sizes = [len(parts[split][1]) for split in SPLITS]
     parts = {split: tuple(tensor.contiguous().to(device) for tensor in parts[split]) for split in SPLITS}
     moments = pixel_statistics(parts["train"][0])
     crop = args.image_size if split_rows else parts["train"][0].shape[1]  # folders were read with a margin for crops
-    augment = dict.fromkeys(SPLITS, "none") | {"train": args.augment}
+    augment = {"train": args.augment, "val": "none", "test": "none"}
     images = {split: Images(*parts[split], moments, crop, args.image_size, augment[split]) for split in SPLITS}
-    total, keep_from = args.epochs * per_epoch, 0 if tickets else rewind_steps(args.rewind, per_epoch)
-    if keep_from >= total:
-        fail(f"--rewind {args.rewind} is {keep_from:,} updates, and a round has {total:,}")
+    per_epoch = images["train"].updates(args.batch_size)
+    keep_from = 0 if tickets else rewind_steps(args.rewind, per_epoch)
+    if keep_from >= args.epochs * per_epoch:
+        fail(f"--rewind {args.rewind} is {keep_from:,} updates, and a round has {args.epochs * per_epoch:,}")
 
     # TRY NOT TO MODIFY: the run's folder, which one process at a time may write, and its settings
+    target = os.path.basename(os.path.abspath(args.dataset.removeprefix("folder:")))
     arm = "dense" if args.control == "dense" else f"{source.get('dataset', 'own')}-{args.pruning}"
     arm += f"-{args.control}" if args.control not in ("none", "dense") else ""
     arm += f"-{args.train_fraction:g}" if args.train_fraction < 1 else ""
@@ -731,30 +708,24 @@ if __name__ == "__main__":
     if re.search(r"[/\\\0\n\r]", run_name):
         fail(f"{run_name!r}, of --dataset, --exp-name and the ticket, is not the name of a folder")
     run_dir = run_dir or os.path.join(args.logdir, run_name)
-    settings = {name: value for name, value in vars(args).items() if name not in CHANGEABLE.split()}
-    settings |= {"target": target, "arm": arm, "classes": classes, "images": [*sizes.values()]}
-    settings |= {f"source_{name}": source[name] for name in ("dataset", "seed") if source}
-    built_for = source.get("built_for", args.image_size)
-    if args.arch == "mlp" and built_for != args.image_size:
-        fail(f"--image-size {args.image_size}: this ticket is a network for {built_for} pixels and nothing else")
     try:
         os.makedirs(run_dir, exist_ok=True)
         lock = open(os.path.join(run_dir, ".lock"), "w")
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         fail(f"{run_dir} cannot be written, or another process does it: {error}")
-    for left_over in glob.glob(f"{glob.escape(run_dir)}/*.tmp"):
-        os.remove(left_over)
-    state, last_path = {"rows": [], "history": [], "round": None}, os.path.join(run_dir, "last.pt")
-    if os.path.isfile(last_path):
-        state = load_file(last_path, set(state))
-        if differ := differences(read_settings(run_dir), settings, {"flags"}):
-            fail(f"{run_dir} was made with other flags: {differ}; another --exp-name makes another run")
-    text = json.dumps(settings | {"flags": flags}, indent=1)
+    for left_over in Path(run_dir).glob("*.tmp"):
+        left_over.unlink()
+    checkpoint, state = os.path.join(run_dir, "last.pt"), {"rows": [], "history": [], "round": None}
+    if os.path.isfile(checkpoint):
+        state = load_file(checkpoint, tuple(state))
+    settings = {name: value for name, value in vars(args).items() if name not in ("resume", "download")}
+    settings |= {"target": target, "arm": arm, "classes": classes, "images": sizes}
+    settings |= {f"source_{name}": source[name] for name in ("dataset", "seed") if source}
+    text = json.dumps(settings, indent=1)
     save_atomically(f"{run_dir}/hyperparameters.json", lambda path: Path(path).write_text(text))
     if split_rows:
         save_table(f"{run_dir}/split.csv", split_rows)
-    to_do = [r for r in (tickets or range(args.rounds)) if r not in {row["round"] for row in state["rows"]}]
     if args.track:
         import wandb
 
@@ -763,120 +734,75 @@ if __name__ == "__main__":
     # ALGO LOGIC: the network. A control that begins at random must not begin with the source's own initial weights, and
     # the last layer is the same in all arms.
     generators = (random_stream(args.seed, purpose) for purpose in ("control" if tickets else "source", "head"))
+    built_for = args.image_size if args.arch == "mlp" else source.get("built_for", args.image_size)
     network = make_network(args.arch, len(classes), built_for, *generators, device)
+    if args.compile:
+        network.compile()
     initial = copy.deepcopy(network.state_dict())
-    forward = torch.compile(network) if args.compile else network
     weights = prunable(network)
     prunable_count, everything = (sum(p.numel() for p in group) for group in (weights.values(), network.parameters()))
-    say(f"{args.arch} for images of {args.image_size} pixels: {everything:,} parameters, {prunable_count:,} prunable")
-    say(f"{run_dir}: {len(state['rows'])} rounds are done, {len(to_do)} to do, on {device}")
-    begun = saved_at = time.perf_counter()
-    updates, progress.last = 0, -math.inf  # the first line comes at once
+    to_do = [r for r in (tickets or range(args.rounds)) if r not in {row["round"] for row in state["rows"]}]
+    print(f"{run_dir}: {len(state['rows'])} rounds are done, {len(to_do)} to do, on {device}", flush=True)
     try:
-        for to_come, r in zip(reversed(range(len(to_do))), to_do):
+        for rounds_to_come, r in zip(reversed(range(len(to_do))), to_do):
             # ALGO LOGIC: what the round begins with
             network.load_state_dict(initial)
             masks = {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
-            step, best, stale, seconds = 0, {"val_loss": math.inf}, 0, 0.0
-            if tickets and tickets[r]:
+            if tickets.get(r):
                 masks = start_from_ticket(network, tickets[r], args.control, args.seed)
-            elif not tickets and r > 0:
+            elif r > 0:
                 first, previous = (load_file(f"{run_dir}/round_{i:02d}.pt", TICKET) for i in (0, r - 1))
                 masks = prune(previous["trained"], previous["mask"], args.pruning, args.prune_fraction)
                 network.load_state_dict(previous["trained"] if args.control == "lr-rewinding" else first["weights"])
                 apply_masks(network, masks)
-                step = keep_from
-            start = copy.deepcopy(network.state_dict())  # of the first round: until the rewind point is reached
-            remaining, sparse = sum(int(mask.sum()) for mask in masks.values()), None
-            if remaining < prunable_count:
-                # in the memory order of the weights, or multiplying would be slow
-                factors = [torch.empty_like(weight).copy_(masks[name]) for name, weight in weights.items()]
-                sparse = list(weights.values()), factors
-            optimizer = make_optimizer(args, network)
-            if state["round"] and state["round"]["round"] == r:
-                network.load_state_dict(state["round"]["network"])
-                optimizer.load_state_dict(copy.deepcopy(state["round"]["optimizer"]))  # it keeps the tensors
-                names = ("step", "best", "stale", "start", "seconds")
-                step, best, stale, start, seconds = (state["round"][name] for name in names)
-            for events in glob.glob(f"{glob.escape(run_dir)}/events*.round_{r:02d}"):
-                os.remove(events)  # they are written anew, so that no point is there twice
+            for events in Path(run_dir).glob(f"events*.round_{r:02d}"):
+                events.unlink()  # they are written anew, so that no point is there twice
             writer = SummaryWriter(run_dir, filename_suffix=f".round_{r:02d}")
             for entry in state["history"]:
                 if entry["round"] == r:
                     log_epoch(writer, entry)
-            round_begun, first_step = time.perf_counter(), step
 
-            # ALGO LOGIC: training, with the learning rates and the images that belong to the epoch
-            while step < total and not (args.patience and stale >= args.patience and step > keep_from):
-                epoch, first_batch = divmod(step, per_epoch)
-                rate = args.learning_rate * args.lr_decay ** sum(epoch >= milestone for milestone in args.milestones)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                plan = images["train"].plan_epoch(args.seed, epoch)
-                forward.train()
-                loss_sum, seen = 0.0, 0
-                for batch in range(first_batch, per_epoch):
-                    if step == keep_from and r == 0 and not tickets:
-                        start = copy.deepcopy(network.state_dict())
-                    part = slice(batch * args.batch_size, (batch + 1) * args.batch_size)
-                    pictures, labels = images["train"].batch(part, *plan)
-                    loss = learn(forward, optimizer, sparse, pictures, labels, amp)
-                    loss_sum, seen = loss_sum + loss * len(labels), seen + len(labels)
-                    step, updates = step + 1, updates + 1
-                    speed = updates / (time.perf_counter() - begun)
-                    eta = (total - step + to_come * (total - keep_from)) / speed
-                    progress(lambda: f"round {r} epoch {epoch + 1}/{args.epochs} {(batch + 1) / per_epoch:.0%}  "
-                             f"loss {float(loss_sum) / seen:.4f}  {speed * args.batch_size:,.0f} images/s  "
-                             f"ETA of the run {timedelta(seconds=int(eta))} at most")  # fmt: skip
-                entry = {"round": r, "epoch": epoch + 1, "train_loss": float(loss_sum) / seen, "learning_rate": rate}
-                entry["val_loss"], entry["val_accuracy"] = evaluate(forward, images["val"], amp).tolist()
-                if not math.isfinite(entry["train_loss"] + entry["val_loss"]):
-                    fail(f"the loss is not finite in round {r}, epoch {epoch + 1}: try a lower --learning-rate")
-                log_epoch(writer, entry)
-                snapshot = copy.deepcopy({"network": network.state_dict(), "optimizer": optimizer.state_dict()})
-                stale += 1
-                if entry["val_loss"] < best["val_loss"] or not args.patience:
-                    best, stale = entry | {"network": snapshot["network"]}, 0
-                spent = seconds + time.perf_counter() - round_begun
-                snapshot |= {"round": r, "step": step, "best": best, "stale": stale, "start": start, "seconds": spent}
-                state = {"rows": state["rows"], "history": [*state["history"], entry], "round": snapshot}
-                if time.perf_counter() - saved_at > 30:
-                    save_atomically(last_path, lambda path: torch.save(state, path))
-                    saved_at = time.perf_counter()
+            # ALGO LOGIC: training
+            step = keep_from if r > 0 else 0
+            done = train_round(
+                args, r, network, masks, images, step, keep_from, rounds_to_come, writer, state, checkpoint
+            )
 
             # The test images, once, with the weights of the lowest validation loss (without --patience the last)
+            best = done["best"]
             network.load_state_dict(best["network"])
-            _, test_accuracy = evaluate(forward, images["test"], amp).tolist()
-            begun_with, trained = ({k: tensor.cpu() for k, tensor in part.items()} for part in (start, best["network"]))
+            _, test_accuracy = evaluate(network, images["test"], args.amp).tolist()
+            start, trained = (
+                {k: tensor.cpu() for k, tensor in part.items()} for part in (done["start"], best["network"])
+            )
             assert all((trained[name][~mask] == 0).all() for name, mask in masks.items()), "pruned weights moved"
-            spent, updates_of_round = time.perf_counter() - round_begun, step - first_step
+            remaining = sum(int(mask.sum()) for mask in masks.values())
             row = {"round": r, "sparsity": 1 - remaining / prunable_count, "remaining": remaining}
             row |= {"prunable": prunable_count, "parameters": everything - prunable_count + remaining}
             row |= {"val_accuracy": best["val_accuracy"], "test_accuracy": test_accuracy, "val_loss": best["val_loss"]}
-            row |= {"best_epoch": best["epoch"], "epochs": step // per_epoch, "seconds": round(seconds + spent, 1)}
+            row |= {
+                "best_epoch": best["epoch"],
+                "epochs": done["step"] // per_epoch,
+                "seconds": round(done["seconds"], 1),
+            }
             meta = settings | {"dataset": target, "built_for": built_for} | row
             meta |= {"mean": moments[0].tolist(), "std": moments[1].tolist()}
-            ticket = {"mask": masks, "weights": begun_with, "trained": trained, "meta": meta}
+            ticket = {"mask": masks, "weights": start, "trained": trained, "meta": meta}
             if not tickets or args.save_networks:
                 path = f"{run_dir}/{'network' if tickets else 'round'}_{r:02d}.pt"
                 save_atomically(path, lambda path: torch.save(ticket, path))
             for name in ("sparsity", "remaining", "val_accuracy", "test_accuracy", "best_epoch", "epochs"):
                 writer.add_scalar(f"rounds/{name}", row[name], r)
-            writer.add_scalar("charts/images_per_second", updates_of_round * args.batch_size / spent, r)
             writer.close()
             rows = sorted([*state["rows"], row], key=lambda row: row["round"])
-            state = {"rows": rows, "history": state["history"], "round": None}
+            state.update(rows=rows, round=None)
             save_table(f"{run_dir}/results.csv", rows)
             draw_curves(run_dir, rows, state["history"])
-            save_atomically(last_path, lambda path: torch.save(state, path))
-            say(f"round {r}: {remaining:,} of {prunable_count:,} weights (sparsity {row['sparsity']:.4f}); validation "
-                f"{row['val_accuracy']:.4f}, test {test_accuracy:.4f}, after epoch {best['epoch']} of {row['epochs']}; "
-                f"{row['seconds']:,.0f} s")  # fmt: skip
-    except (KeyboardInterrupt, BrokenPipeError):
-        save_atomically(last_path, lambda path: torch.save(state, path))
-        sys.stdout = sys.stderr
-        say(f"stopped; the same command or --resume {run_dir} goes on after the last finished epoch")
+            save_atomically(checkpoint, lambda path: torch.save(state, path))
+            print(f"round {r}: {remaining:,} of {prunable_count:,} weights (sparsity {row['sparsity']:.4f}); accuracy "
+                  f"{row['val_accuracy']:.4f} in validation, {test_accuracy:.4f} in the test", flush=True)  # fmt: skip
+    except KeyboardInterrupt:
+        save_atomically(checkpoint, lambda path: torch.save(state, path))
+        print(f"stopped; the same command or --resume {run_dir} goes on after the last finished epoch", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        fail(f"{error}; --resume {run_dir} goes on after the last checkpoint")
-    say(f"{run_dir}: all rounds are done: results.csv, curves.png" + ("" if tickets else ", tickets round_RR.pt"))
+    print(f"{run_dir}: all rounds are done: results.csv, curves.png" + ("" if tickets else ", tickets round_RR.pt"))

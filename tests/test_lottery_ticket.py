@@ -120,11 +120,8 @@ def test_31_rounds_keep_exact_counts_and_nest(kind, levels):
 
 
 def test_pruning_is_torch_s_where_torch_has_it():
-    modules = {
-        "conv1": nn.Conv2d(3, 12, 3, bias=False),
-        "conv2": nn.Conv2d(12, 40, 3, bias=False),
-        "linear": nn.Linear(40, 25, bias=False),
-    }
+    modules = {"conv1": nn.Conv2d(3, 12, 3, bias=False), "conv2": nn.Conv2d(12, 40, 3, bias=False)}
+    modules["linear"] = nn.Linear(40, 25, bias=False)
     for kind in ("global", "channel"):
         masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in SHAPES.items()}
         theirs = {name: torch.ones(shape) for name, shape in SHAPES.items()}
@@ -147,17 +144,6 @@ def test_pruning_is_torch_s_where_torch_has_it():
             assert all(torch.equal(masks[name], theirs[name].bool()) for name in SHAPES), (kind, r)
 
 
-def test_global_pruning_never_empties_a_layer():
-    weights = random_weights(0)
-    weights["conv2"] *= 1e-6
-    masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in SHAPES.items()}
-    new = lt.prune(weights, masks, "global", 0.95)
-    left = {name: int(mask.sum()) for name, mask in new.items()}
-    total = sum(int(np.prod(shape)) for shape in SHAPES.values())
-    assert left["conv2"] == 1 and sum(left.values()) == total - round(0.95 * total)
-    assert weights["conv2"].abs().flatten().argmax() == new["conv2"].flatten().int().argmax()  # its largest
-
-
 def test_random_masks_are_as_sparse_in_every_layer_and_nested():
     for kind in ("global", "channel"):
         masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in SHAPES.items()}
@@ -178,33 +164,24 @@ def test_random_masks_are_as_sparse_in_every_layer_and_nested():
 # ----------------------------------------------------------------------------------------------------------- networks
 
 
-@pytest.mark.parametrize(
-    "arch, size, parameters",
-    [
-        ("mlp", 28, 266_610),
-        ("resnet18", 32, 11_173_962),
-        ("resnet50", 224, 23_528_522),
-        ("conv", 32, 391_466),
-    ],
-)
+NETWORKS = [("mlp", 28, 266_610), ("resnet18", 32, 11_173_962), ("resnet50", 224, 23_528_522), ("conv", 32, 391_466)]
+
+
+@pytest.mark.parametrize("arch, size, parameters", NETWORKS)
 def test_networks(arch, size, parameters):
     network = lt.make_network(arch, 10, size, lt.random_stream(0)).eval()
     assert sum(p.numel() for p in network.parameters()) == parameters
     assert network(torch.zeros(2, 3, size, size)).shape == (2, 10) and network.fc.out_features == 10
     names = lt.prunable(network)
-    assert (
-        all(name.endswith("weight") and weight.ndim > 1 for name, weight in names.items()) and "fc.weight" not in names
-    )
+    assert all(name.endswith("weight") and weight.ndim > 1 for name, weight in names.items())
+    assert "fc.weight" not in names
     others = [p for name, p in network.named_parameters() if name not in names]
     assert all(p.ndim == 1 for p in others if p is not network.fc.weight)
     for weight in [*names.values(), network.fc.weight]:
         receptive = weight[0, 0].numel()
         bound = (6 / (receptive * (weight.shape[0] + weight.shape[1]))) ** 0.5
         assert 0.9 * bound < weight.abs().max() <= bound
-    twin, other = (
-        lt.make_network(arch, 10, size, lt.random_stream(0)),
-        lt.make_network(arch, 10, size, lt.random_stream(1)),
-    )
+    twin, other = (lt.make_network(arch, 10, size, lt.random_stream(seed)) for seed in (0, 1))
     assert same(network.state_dict(), twin.state_dict()) and not torch.equal(network.fc.weight, other.fc.weight)
 
 
@@ -219,7 +196,7 @@ def test_rewind_points():
 
 
 def test_torchvision_s_sets(tmp_path, monkeypatch):
-    """CIFAR-10 from its pickles and Fashion-MNIST from its IDX files, a tenth of every class for validation."""
+    """CIFAR-10 from its pickles, a tenth of every class for validation."""
     rng, base = np.random.default_rng(0), tmp_path / "cifar-10-batches-py"
     base.mkdir()
     pixels = {}
@@ -229,32 +206,20 @@ def test_torchvision_s_sets(tmp_path, monkeypatch):
         (base / name).write_bytes(pickle.dumps({"data": pixels[name].reshape(20, -1), "labels": labels}))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}))
     args = lt.Args(dataset="cifar10", data_dir=str(tmp_path))
-    with pytest.raises(SystemExit, match="could not be read .*corrupted.*--download fetches it"):
+    with pytest.raises(SystemExit, match="--data-dir .* not found or corrupted"):
         lt.load_data(args)  # torchvision compares checksums before it unpickles
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     classes, parts, rows = lt.load_data(args)
     assert args.image_size == 32 and classes == [f"c{i}" for i in range(10)] and rows == []
     assert torch.equal(parts["test"][0], torch.from_numpy(pixels["test_batch"]).permute(0, 2, 3, 1))
     assert [parts[split][1].bincount().tolist() for split in lt.SPLITS] == [[9] * 10, [1] * 10, [2] * 10]
-    together = torch.cat([parts["train"][0], parts["val"][0]]).permute(0, 3, 1, 2).flatten(1).tolist()
-    assert sorted(together) == sorted(
-        np.concatenate([pixels[n] for n in pixels if n != "test_batch"]).reshape(100, -1).tolist()
-    )
-    raw = tmp_path / "FashionMNIST/raw"
-    raw.mkdir(parents=True)
-    for part, n in (("train", 100), ("t10k", 20)):
-        values = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        header = b"\0\0\x08\x03" + b"".join(size.to_bytes(4, "big") for size in values.shape)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + values.tobytes())
-        labels = (np.arange(n) % 10).astype(np.uint8)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + n.to_bytes(4, "big") + labels.tobytes())
-    args = lt.Args(dataset="fashion-mnist", data_dir=str(tmp_path))
-    parts = lt.load_data(args)[1]
-    assert torch.equal(parts["test"][0][..., 0], torch.from_numpy(values)) and args.image_size == 28
-    assert [len(parts[split][1]) for split in lt.SPLITS] == [90, 10, 20]
-    images = lt.Images(*parts["test"], lt.pixel_statistics(parts["train"][0]), 28, 28, "none")
-    batch, _ = images.batch(slice(0, 4), torch.arange(20))
-    assert batch.shape == (4, 3, 28, 28) and torch.equal(batch[:, 0], batch[:, 2])
+    moments = lt.pixel_statistics(parts["train"][0])
+    plain = lt.Images(*parts["test"], moments, 32, 32, "none").batch(slice(0, 4), torch.arange(20))[0]
+    assert plain.shape == (4, 3, 32, 32)
+    for size in (16, 64):  # --image-size
+        images = lt.Images(*parts["test"], moments, 32, size, "none").batch(slice(0, 4), torch.arange(20))[0]
+        expected = F.interpolate(plain, (size, size), mode="bilinear", antialias=size < 32)
+        assert images.shape == (4, 3, size, size) and torch.allclose(images, expected)
 
 
 def test_folders_are_split_by_seed_and_within_classes(folder):
@@ -263,7 +228,7 @@ def test_folders_are_split_by_seed_and_within_classes(folder):
         classes, parts, rows = data_of(folder, seed=seed)
         assert [parts[s][1].bincount().tolist() for s in lt.SPLITS] == [[32] * 3, [4] * 3, [4] * 3]
         assert parts["train"][0].shape == (96, 18, 18, 3) and classes == ["level", "slanting", "upright"]
-        assert sorted(row["path"] for row in rows) == lt.find_images(str(folder))
+        assert sorted(row["path"] for row in rows) == sorted(str(p.relative_to(folder)) for p in folder.glob("*/*.png"))
         assert all(row["path"].startswith(row["class"]) for row in rows)
         seen.append(parts["test"][0])
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
@@ -274,69 +239,42 @@ def test_folders_are_split_by_seed_and_within_classes(folder):
 
 def test_folders_that_are_split_already_and_odd_images(folder, tmp_path, capsys):
     for split, numbers in (("train", range(30)), ("val", range(30, 35)), ("test", range(35, 40))):
-        for kind in ("level", "upright", "slanting"):
-            if (split, kind) not in (("val", "slanting"), ("test", "level")):
-                (tmp_path / "set" / split / kind).mkdir(parents=True)
-                for i in numbers:
-                    shutil.copy(folder / kind / f"{i:02d}.png", tmp_path / "set" / split / kind)
-    odd, ramp = tmp_path / "set/test/level", np.tile(np.arange(48, dtype=np.uint8) * 5, (48, 1))
+        for kind in ("level", "upright"):
+            (tmp_path / split / kind).mkdir(parents=True)
+            for i in numbers:
+                shutil.copy(folder / kind / f"{i:02d}.png", tmp_path / split / kind)
+    odd, ramp = tmp_path / "test/aa", np.tile(np.arange(48, dtype=np.uint8) * 5, (48, 1))
+    for split in lt.SPLITS:
+        shutil.copytree(folder / "slanting", tmp_path / split / "aa")
+    shutil.rmtree(odd)
     odd.mkdir()
-    clear = np.dstack([ramp, ramp, ramp, np.full_like(ramp, 0)])
-    Image.fromarray(clear, "RGBA").save(odd / "b_transparent.png")
-    Image.fromarray(ramp).convert("CMYK").save(odd / "c_cmyk.jpg", quality=100)
+    Image.fromarray(np.dstack([ramp, ramp, ramp, np.zeros_like(ramp)]), "RGBA").save(odd / "a_transparent.png")
     turned = Image.fromarray(ramp.T.copy())
     exif = turned.getexif()
     exif[274] = 6  # turned by 90 degrees to be seen upright
-    turned.save(odd / "d_turned.png", exif=exif)
-    Image.fromarray(np.tile(ramp, (1, 3))[:, :100]).save(odd / "e_wide.gif")
-    (odd / "f_broken.png").write_bytes(b"no image")
-    (odd / "g_nowhere.png").symlink_to("nowhere.png")
-    (odd / "notes.txt").write_text("no image")
-    classes, parts, _ = data_of(tmp_path / "set")
+    turned.save(odd / "b_turned.png", exif=exif)
+    (odd / "c_broken.png").write_bytes(b"no image")
+    Image.new("1", (30_000, 30_000)).save(odd / "d_bomb.png")
+    Image.new("1", (1, 60_000)).save(tmp_path / "thread.png")
+    with pytest.raises(ValueError, match="too long"):
+        lt.open_image(str(tmp_path / "thread.png"), 224)
+    classes, parts, _ = data_of(tmp_path)
     out = capsys.readouterr().out
-    assert "2 images cannot be read and are left out: test/level/f_broken.png (UnidentifiedImageError" in out
-    assert "1 classes are not in all of train, val and test and are left out: slanting" in out
-    assert classes == ["level", "upright"] and [len(parts[split][1]) for split in lt.SPLITS] == [60, 10, 9]
+    assert "2 images cannot be read and are left out" in out and "decompression bomb" in out
+    assert classes == ["aa", "level", "upright"] and [len(parts[split][1]) for split in lt.SPLITS] == [100, 50, 12]
     found = parts["test"][0][parts["test"][1] == 0].float().permute(0, 3, 1, 2)
-    assert len(found) == 4
     expected = F.interpolate(torch.from_numpy(ramp)[None, None].float(), (18, 18), mode="bilinear", antialias=True)[0]
     assert (found[0] == 255).all(), "transparent is white"
-    assert (found[1] - expected).abs().max() <= 12 and (found[2][0] == found[2][2]).all()
-    assert (found[2] - expected.flip(2)).abs().max() <= 3, "turned upright"
+    assert (found[1] - expected.flip(2)).abs().max() <= 3, "turned upright"
 
 
 def test_links_do_not_put_a_picture_into_several_splits(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "set")
     (tmp_path / "set/level/up").symlink_to(tmp_path / "set")
-    (tmp_path / "set/slanting/up").symlink_to("..")
-    (tmp_path / "set/aaa").symlink_to("level/00.png")
     (tmp_path / "set/level/again.png").symlink_to("../upright/00.png")
-    (tmp_path / "set/elsewhere").symlink_to(folder / "level")
     classes, _, rows = data_of(tmp_path / "set")
-    assert len(rows) == len({os.path.realpath(tmp_path / "set" / row["path"]) for row in rows}) == 4 * 40
-    assert classes == ["elsewhere", "level", "slanting", "upright"]
-
-
-def test_a_folder_that_cannot_be_read_is_not_passed_over(folder, monkeypatch):
-    scandir = os.scandir
-
-    def guarded(path):
-        if str(path).endswith("upright"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", guarded)
-    with pytest.raises(SystemExit, match="Permission denied.*upright"):
-        lt.find_images(str(folder))
-
-
-def test_images_of_too_many_pixels_are_not_decoded(tmp_path, monkeypatch):
-    Image.new("1", (30_000, 30_000)).save(tmp_path / "square.png")
-    Image.new("1", (1, 60_000)).save(tmp_path / "thread.png")
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
-    for name in ("square.png", "thread.png"):
-        with pytest.raises(ValueError, match="pixels are too many"):
-            lt.open_image(str(tmp_path / name), 224)
+    assert len(rows) == len({os.path.realpath(tmp_path / "set" / row["path"]) for row in rows}) == 3 * 40
+    assert {row["path"].count("/") for row in rows} == {1} and classes == ["level", "slanting", "upright"]
 
 
 @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip"])
@@ -465,14 +403,15 @@ def test_rounds_are_rewound_in_every_tensor(source):
 
 
 def test_learning_rate_rewinding_keeps_the_trained_weights(source, folder, tmp_path):
-    """Renda et al. (2020): the same first round; then trained weights, pruned, and the schedule of the rewind point."""
-    run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *SHORT, "--control", "lr-rewinding", cwd=tmp_path)
+    """Renda et al. (2020), by channels: the same first round; then trained weights and the rewind point's schedule."""
+    flags = [*SMALL, *SHORT, "--pruning", "channel", "--control", "lr-rewinding"]
+    run(SCRIPT, "--dataset", f"folder:{folder}", *flags, cwd=tmp_path)
     other = only_run(tmp_path / "runs")
-    assert other.name.split("__")[3] == "own-global-lr-rewinding"
+    assert other.name.split("__")[3] == "own-channel-lr-rewinding"
     assert same(load(other / "round_00.pt")["trained"], load(source / "round_00.pt")["trained"])
     for r in (1, 2):
         ticket, previous = load(other / f"round_{r:02d}.pt"), load(other / f"round_{r - 1:02d}.pt")
-        assert same(ticket["mask"], lt.prune(previous["trained"], previous["mask"], "global", 0.2))
+        assert same(ticket["mask"], lt.prune(previous["trained"], previous["mask"], "channel", 0.2))
         for name, tensor in ticket["weights"].items():
             assert torch.equal(tensor, previous["trained"][name] * ticket["mask"].get(name, torch.tensor(True))), name
         rates = [(2, pytest.approx(0.1 * 0.2)), (3, pytest.approx(0.1 * 0.02))]
@@ -514,38 +453,6 @@ def test_a_round_by_hand(source, folder):
             assert float(row["val_loss"]) == pytest.approx(loss, rel=1e-5)
 
 
-def test_nothing_pruned_ever_moves_in_a_run(folder, tmp_path, monkeypatch):
-    checks = []
-
-    class Watched(torch.optim.SGD):
-        """Looks at its weights before every update."""
-
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.zeros = None
-            checks.append({"updates": 0, "sparse": 0})
-
-        def zero_grad(self, *args, **kwargs):
-            weights = [p for p in self.param_groups[0]["params"]][:-1]
-            if self.zeros is None:
-                assert not self.state, "the momentum of another round"
-                self.zeros = [weight == 0 for weight in weights]
-                checks[-1]["sparse"] = sum(int(zero.sum()) for zero in self.zeros)
-            for weight, zero in zip(weights, self.zeros):
-                assert torch.equal(weight == 0, zero)
-                assert not self.state or (self.state[weight]["momentum_buffer"][zero] == 0).all()
-            checks[-1]["updates"] += 1
-            super().zero_grad(*args, **kwargs)
-
-    monkeypatch.setattr(torch.optim, "SGD", Watched)
-    flags = [*SMALL, *SHORT, "--pruning", "channel", "--augment", "crop-flip"]
-    run(SCRIPT, "--dataset", f"folder:{folder}", *flags, cwd=tmp_path)
-    rows = rows_of(only_run(tmp_path / "runs"))
-    assert [check["updates"] for check in checks] == [18, 10, 10]
-    assert [check["sparse"] for check in checks] == [int(row["prunable"]) - int(row["remaining"]) for row in rows]
-    assert checks[0]["sparse"] == 0 < checks[1]["sparse"] < checks[2]["sparse"]
-
-
 def test_early_stopping_waits_for_the_rewind_point(folder, tmp_path):
     flags = ["--patience", 1, "--epochs", 30, "--rewind", "5ep", "--rounds", 2, "--learning-rate", 3]
     run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *flags, cwd=tmp_path)
@@ -571,18 +478,6 @@ def test_small_networks_have_a_short_schedule_and_the_eta_is_that_of_the_run(fol
 
 
 # --------------------------------------------------------------------------------------------- stopping and going on
-
-
-def start_process(folder, cwd, *more, stderr=subprocess.STDOUT):
-    flags = [*SMALL, *SHORT, "--no-cuda", *more]
-    command = [sys.executable, str(ROOT / SCRIPT), "--dataset", f"folder:{folder}", *map(str, flags)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": stderr}
-    return subprocess.Popen(command, cwd=cwd, text=True, start_new_session=True, **pipes)
-
-
-def wait_for(process, folder, pattern):
-    while not list(folder.glob(pattern)) and process.poll() is None:
-        time.sleep(0.01)
 
 
 def assert_like(again, source):
@@ -627,28 +522,24 @@ def test_a_run_stopped_again_and_again_is_the_same(source, folder, tmp_path, mon
     assert_like(only_run(tmp_path / "runs"), source)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_process_group_killed_in_the_middle_of_a_round(number, source, folder, tmp_path):
-    process = start_process(folder, tmp_path)
-    wait_for(process, tmp_path, "runs/*/events*.round_01")
-    os.killpg(process.pid, number)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == (-9 if number == signal.SIGKILL else 130) and "Traceback" not in out, out
+def test_a_run_killed_in_the_middle_of_a_round(source, folder, tmp_path):
+    """Nothing is lost or there twice; while it ran, the same command again was refused."""
+    flags = ["--dataset", f"folder:{folder}", *SMALL, *SHORT]
+    command = [sys.executable, str(ROOT / SCRIPT), *map(str, flags), "--no-cuda"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not list(tmp_path.glob("runs/*/events*.round_01")) and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGSTOP)
+    done = run(SCRIPT, *flags, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "cannot be written, or another process does it" in done.stderr
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait(timeout=120) == -9
     run_dir = only_run(tmp_path / "runs")
     (run_dir / "round_01.pt.1234.tmp").write_bytes(b"half")
     with lt.SummaryWriter(run_dir, filename_suffix=".round_01") as writer:  # a point that came after the checkpoint
         writer.add_scalar("round_01/val_loss", 9.0, 2)
-    run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *SHORT, cwd=tmp_path)
-    assert_like(only_run(tmp_path / "runs"), source)
-
-
-def test_the_same_command_twice_at_once_is_refused(folder, tmp_path):
-    process = start_process(folder, tmp_path, "--rounds", 40)
-    wait_for(process, tmp_path, "runs/*/events*.round_00")
-    done = run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *SHORT, cwd=tmp_path, check=False)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert done.returncode == 1 and "cannot be written, or another process does it" in done.stderr
+    run(SCRIPT, *flags, cwd=tmp_path)
+    assert_like(run_dir, source)
 
 
 def test_a_full_disk_gets_one_line_and_leaves_nothing_half_written(source, folder, tmp_path, monkeypatch):
@@ -673,15 +564,11 @@ def test_a_full_disk_gets_one_line_and_leaves_nothing_half_written(source, folde
     assert_like(run_dir, source)
 
 
-def test_more_rounds_continue_a_run_and_other_flags_are_refused(source, folder, tmp_path):
+def test_on_resume_the_command_line_wins(source, tmp_path):
     shutil.copytree(source, tmp_path / "runs" / source.name)
     run(SCRIPT, "--resume", tmp_path / "runs" / source.name, "--rounds", 4, cwd=tmp_path)
     rows = rows_of(only_run(tmp_path / "runs"))
     assert rows[:3] == rows_of(source) and int(rows[3]["remaining"]) == round(0.8 * int(rows[2]["remaining"]))
-    flags = ["--dataset", f"folder:{folder}", *SMALL, *SHORT]
-    done = run(SCRIPT, *flags, "--epochs", 5, "--augment", "none", cwd=tmp_path, check=False)
-    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0
-    assert "was made with other flags: augment crop and none; epochs 3 and 5; another --exp-name" in done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------- transfer
@@ -757,7 +644,6 @@ def test_tickets_that_do_not_fit_or_would_write_elsewhere(source, target, tmp_pa
     elsewhere = {"meta": ticket["meta"] | {"dataset": "../../elsewhere"}}
     for change, more, says in [
         ({}, ["--arch", "resnet18"], "--arch resnet18: "),
-        ({}, ["--control", "random-mask"], "round_00.pt"),
         ({"mask": mask}, [], "does not fit the network"),
         (elsewhere, [], "is not the name of a folder"),
     ]:
@@ -811,24 +697,15 @@ def test_report_of_made_up_runs(tmp_path, capsys):
     assert "| cifar10-global-reinit | 50.00 (0.000) | 50.00 (0.000) | – |" in out
     with Image.open(tmp_path / "out/lottery_Human_LBA.png") as image:
         assert image.size == (850, 420) and len(set(image.convert("L").tobytes())) > 50
-    other = made_up(tmp_path / "other", "own-global", 4, [(0.5, 0.5)], epochs=10)
-    done = run(SCRIPT, "--report", tmp_path / "runs", tmp_path / "other", cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "are of one arm but differ in epochs " in done.stderr
-    shutil.rmtree(other)
     made_up(tmp_path / "other", "own-global", 2, [(0.5, 0.5)])
     done = run(SCRIPT, "--report", tmp_path / "runs", tmp_path / "other", cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "are the same run twice" in done.stderr
+    assert done.returncode == 1 and "another run of the same arm and seed" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "target, file",
-    [
-        ("Human-LBA", "human_lba"),
-        ("Lung_Tissues", "lung_tissues"),
-        ("artist-1", "artist_classification_1"),
-        ("type", "type_classification"),
-    ],
-)
+CURVES = [("Human-LBA", "human_lba"), ("Lung_Tissues", "lung_tissues"), ("artist-1", "artist_classification_1")]
+
+
+@pytest.mark.parametrize("target, file", [*CURVES, ("type", "type_classification")])
 def test_the_authors_curves_give_the_published_table(target, file, tmp_path):
     """Written as runs of this script; the two cells that differ do so in the author's own logs."""
     with open(ROOT / "tests" / "data" / f"{file}.txt") as curves:
@@ -837,19 +714,10 @@ def test_the_authors_curves_give_the_published_table(target, file, tmp_path):
     arms |= {f"{source}-global": source.replace("-", "_") for source in ("cifar10", "cifar100")}
     arms |= {"fashion-mnist-global": "fahion_mnist"}
     for arm, column in arms.items():
-        run_dir = tmp_path / "runs" / arm
-        run_dir.mkdir(parents=True)
         control = {"dense": "dense", "own-reinit": "reinit"}.get(arm, "none")
         source = None if arm.startswith(("dense", "own")) else arm.removesuffix("-global")
-        setting = {"target": target, "arm": arm, "seed": 1, "exp_name": lt.Args.exp_name, "control": control}
-        setting |= {"train_fraction": 1.0, "source_dataset": source}
-        (run_dir / "hyperparameters.json").write_text(json.dumps(setting))
-        with open(run_dir / "results.csv", "w", newline="") as results:
-            table = csv.DictWriter(results, COLUMNS)
-            table.writeheader()
-            for r, row in enumerate(rounds if arm != "dense" else rounds[:1]):
-                values = dict.fromkeys(COLUMNS, 0) | {"round": r, "sparsity": 1 - 0.8**r}
-                table.writerow(values | {"val_accuracy": 0.5, "test_accuracy": float(row[column]) / 100})
+        curve = [(0.5, float(row[column]) / 100) for row in (rounds if arm != "dense" else rounds[:1])]
+        made_up(tmp_path / "runs", arm, 1, curve, target=target, control=control, source_dataset=source)
     out = run(SCRIPT, "--report", "runs", cwd=tmp_path).stdout
     cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[2:] for line in out.splitlines()}
     wrong = {("Human-LBA", "cifar100-global"), ("Lung_Tissues", "fashion-mnist-global")}
@@ -871,22 +739,18 @@ def test_the_authors_curves_give_the_published_table(target, file, tmp_path):
     [
         ("--dataset svhn", "--dataset svhn: cifar10, cifar100, fashion-mnist, mnist or folder:DIR is expected"),
         ("--dataset folder:missing", "--dataset folder:missing: [Errno 2] No such file or directory"),
-        ("--dataset folder:flat", "no images in folders per class, or in train/, val/ and test/ with those"),
-        ("--dataset folder:few", "2 are needed"),
-        ("--dataset cifar10", "--data-dir data: cifar10 could not be read (Dataset not found"),
+        ("--dataset folder:flat", "--dataset folder:flat: Couldn't find any class folder"),
+        ("--dataset folder:few", "two classes or more are needed, each with images in train, val and test"),
+        ("--dataset cifar10", "--data-dir data: Dataset not found"),
         ("--dataset folder:{folder} --rewind soon", "--rewind soon: epochs (2ep) or updates (500it)"),
         ("--dataset folder:{folder} --rewind 9ep --epochs 9", "--rewind 9ep is 18 updates, and a round has 18"),
         ("--dataset folder:{folder} --arch conv --exp-name a/b", "is not the name of a folder"),
         ("--dataset folder:{folder} --arch conv --logdir flat/a.png", "cannot be written"),
         ("--epochs 0", "--epochs must be between 1 and 1000000, not 0"),
-        ("--batch-size 1", "--batch-size must be between 2 and 1000000, not 1"),
         ("--learning-rate nan", "--learning-rate must be between 0 and"),
-        ("--seed -1", "--seed must be between 0 and"),
         ("--control reinit", "--control reinit is for runs with --tickets"),
         ("--control lr-rewinding --tickets x", "--control lr-rewinding is for runs without --tickets"),
-        ("--tickets missing.pt", "No such file or directory: 'missing.pt'"),
-        ("--tickets other.pt", "other.pt is damaged or not a file of this script"),
-        ("--tickets few", "few is damaged or not a file of this script"),
+        ("--tickets other.pt", "other.pt is missing, damaged or not a file of this script"),
         ("--report few", "--report few: no runs with results there"),
         ("--resume bad", "bad is not a run of this script"),
     ],
