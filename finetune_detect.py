@@ -297,8 +297,9 @@ class Pictures(Dataset):
 
 def leave_process_group(_: int) -> None:
     """Of a worker: Ctrl-C and a scheduler's SIGTERM to the group are for the main process, which ends its workers."""
-    if hasattr(os, "setpgrp"):
+    if os.name == "posix":
         os.setpgrp()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
 def read_batches(args: Args, data: Pictures, ids: list[int], device: torch.device, epoch: int | None = None):
@@ -311,7 +312,12 @@ def read_batches(args: Args, data: Pictures, ids: list[int], device: torch.devic
     loader = DataLoader(data, args.batch_size, sampler=ids, num_workers=min(args.workers, len(ids)), collate_fn=list,
                         pin_memory=device.type == "cuda", worker_init_fn=leave_process_group,
                         generator=torch.Generator())  # fmt: skip
-    for items in loader:
+    if os.name == "posix":  # workers start by a fork, in which Python would lose the exception of a signal's handler
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    batches = iter(loader)
+    if os.name == "posix":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    for items in batches:
         for _, reason, i in (item for item in items if item[0] is None and item[2] not in data.unreadable):
             print(f"left out: {data.coco.imgs[i]['file_name']} cannot be used, {reason}")
             data.unreadable.add(i)
