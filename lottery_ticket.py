@@ -105,6 +105,8 @@ BOUNDS = {
     "batch_size": (2, 10**6), "learning_rate": (0, 1e15), "lr_decay": (0, 1), "momentum": (0, 1),
     "weight_decay": (0, 1),
 }  # fmt: skip
+# What runs of one arm may differ in
+FREE = "seed source_seed cuda amp compile workers logdir track dataset data_dir rounds tickets save_networks report out"
 pyplot.switch_backend("Agg")
 Image.MAX_IMAGE_PIXELS = 2**27  # Pillow refuses images of twice as many, and warns of smaller ones
 
@@ -553,6 +555,11 @@ def read_settings(run_dir: str) -> dict:
         fail(f"{run_dir} is not a run of this script: {error!r} in hyperparameters.json")
 
 
+def difference(one: dict, other: dict) -> str:
+    """The flags that change results and are not the same in the settings of two runs."""
+    return ", ".join(sorted(name for name in one if name not in FREE.split() and one[name] != other.get(name)))
+
+
 def read_runs(folders: list[str]) -> dict[str, dict[str, list[tuple[dict, dict[int, dict]]]]]:
     """{target: {arm: [(settings, {round: row}) of every seed]}}"""
     found = defaultdict(lambda: defaultdict(list))
@@ -562,6 +569,8 @@ def read_runs(folders: list[str]) -> dict[str, dict[str, list[tuple[dict, dict[i
         group = found[settings["target"]][settings["arm"] + experiment]
         if settings["seed"] in [other["seed"] for other, _ in group]:
             fail(f"{path}: there is another run of the same arm and seed")
+        if group and (differing := difference(group[0][0], settings)):
+            fail(f"{path} and another run of the same arm differ in {differing}")
         with open(path, newline="") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
         group.append((settings, {int(row["round"]): row for row in rows}))
@@ -717,11 +726,13 @@ if __name__ == "__main__":
     for left_over in Path(run_dir).glob("*.tmp"):
         left_over.unlink()
     checkpoint, state = os.path.join(run_dir, "last.pt"), {"rows": [], "history": [], "round": None}
-    if os.path.isfile(checkpoint):
-        state = load_file(checkpoint, tuple(state))
     settings = {name: value for name, value in vars(args).items() if name not in ("resume", "download")}
     settings |= {"target": target, "arm": arm, "classes": classes, "images": sizes}
     settings |= {f"source_{name}": source[name] for name in ("dataset", "seed") if source}
+    if os.path.isfile(checkpoint):
+        state = load_file(checkpoint, tuple(state))
+        if not args.resume and (differing := difference(json.loads(json.dumps(settings)), read_settings(run_dir))):
+            fail(f"{run_dir} was made with other flags: {differing}; another --exp-name makes another run")
     text = json.dumps(settings, indent=1)
     save_atomically(f"{run_dir}/hyperparameters.json", lambda path: Path(path).write_text(text))
     if split_rows:

@@ -564,11 +564,15 @@ def test_a_full_disk_gets_one_line_and_leaves_nothing_half_written(source, folde
     assert_like(run_dir, source)
 
 
-def test_on_resume_the_command_line_wins(source, tmp_path):
+def test_on_resume_the_command_line_wins_but_other_flags_are_no_way_to_go_on(source, folder, tmp_path):
     shutil.copytree(source, tmp_path / "runs" / source.name)
     run(SCRIPT, "--resume", tmp_path / "runs" / source.name, "--rounds", 4, cwd=tmp_path)
     rows = rows_of(only_run(tmp_path / "runs"))
     assert rows[:3] == rows_of(source) and int(rows[3]["remaining"]) == round(0.8 * int(rows[2]["remaining"]))
+    flags = ["--dataset", f"folder:{folder}", *SMALL, *SHORT, "--rounds", 5, "--learning-rate", 3]
+    done = run(SCRIPT, *flags, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "made with other flags: learning_rate; another --exp-name" in done.stderr
+    assert rows_of(only_run(tmp_path / "runs")) == rows
 
 
 # ----------------------------------------------------------------------------------------------------------- transfer
@@ -700,6 +704,9 @@ def test_report_of_made_up_runs(tmp_path, capsys):
     made_up(tmp_path / "other", "own-global", 2, [(0.5, 0.5)])
     done = run(SCRIPT, "--report", tmp_path / "runs", tmp_path / "other", cwd=tmp_path, check=False)
     assert done.returncode == 1 and "another run of the same arm and seed" in done.stderr
+    made_up(tmp_path / "third", "own-global", 7, [(0.5, 0.5)], epochs=8)
+    done = run(SCRIPT, "--report", tmp_path / "runs", tmp_path / "third", cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "another run of the same arm differ in epochs" in done.stderr
 
 
 CURVES = [("Human-LBA", "human_lba"), ("Lung_Tissues", "lung_tissues"), ("artist-1", "artist_classification_1")]
