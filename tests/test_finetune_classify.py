@@ -8,9 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import finetune_classify as fc
 import numpy as np
 import pytest
 import torch
@@ -19,6 +17,8 @@ from conftest import ROOT, only_run, run, scalars
 from PIL import Image
 from torch import nn
 from torchvision import models
+
+import finetune_classify as fc
 
 SCRIPT = "finetune_classify.py"
 SMALL = "--arch resnet18 --image-size 32 --workers 0 --batch-size 16".split()

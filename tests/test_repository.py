@@ -120,7 +120,7 @@ def test_the_drift_test_names_the_block_that_drifted(monkeypatch, tmp_path):
 def test_readme_and_pages_name_only_flags_that_exist():
     known = {"--help", "--flags", "--peer", "--updates", "--rounds", "--processes", "--steps"}  # of benchmark_rl.py
     known |= {"--images", "--source-size", "--archs", "--workers"}  # of the other benchmarks
-    known |= {"--array", "--gres", "--wrap", "--line-length", "--index-url"}  # of Slurm, ruff, pip
+    known |= {"--array", "--gres", "--wrap", "--line-length", "--select", "--index-url"}  # of Slurm, ruff, pip
     modules = [importlib.import_module(script) for script in SCRIPTS]
     for args in [module.Args for module in modules if hasattr(module, "Args")]:
         flags = [field.name.replace("_", "-") for field in fields(args)]
