@@ -1,4 +1,4 @@
-"""The commands of README and pages: those of games are executed, in order and small; the flags of all are understood."""
+"""The commands of README and pages: those of games are executed, in order and small; all flags are understood."""
 
 import glob
 import importlib

@@ -135,7 +135,8 @@ def test_records_with_an_error_are_left_out_and_named(tmp_path, capsys):
     assert found == {"a.png": ("train", boxes[:1], names[:1], [0]), "negative.png": ("train", [], [], [])}
     out = capsys.readouterr().out
     for line in ("a.png: disc, x, y, width and height [5, 5, 0.5, 15]", "a.png: unknown class", "4 records",
-                 f"b.png: there is no such image in {tmp_path}", f"a.png: there is no such image in {tmp_path}, or it is annotated twice"):  # fmt: skip
+                 f"b.png: there is no such image in {tmp_path}",
+                 f"a.png: there is no such image in {tmp_path}, or it is annotated twice"):  # fmt: skip
         assert line in out
 
 
@@ -482,7 +483,7 @@ def test_a_run_learns_and_leaves_what_it_should(trained, shapes):
         originals = [np.asarray(Image.open(shapes / "images" / path.name)) for path in pictures]
         drawn = [(np.asarray(Image.open(path)) != one).any() for path, one in zip(pictures, originals)]
         assert len(drawn) == 8 and sum(drawn) >= 4  # one has no object
-    # the first line of progress, after one of eight updates in the first of four epochs, has the time left of all of them
+    # the first line of progress, after an update of eight in the first of four epochs, has the time left of all
     words = next(line for line in out.splitlines() if line.startswith("epoch 1/4 12.5%")).split()
     hours, minutes, seconds = map(int, words[-1].split(":"))
     assert hours * 3600 + minutes * 60 + seconds >= (float(words[words.index("s/update") - 1]) - 0.006) * 31 - 1

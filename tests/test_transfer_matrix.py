@@ -1,4 +1,4 @@
-"""Area ratios on curves that can be integrated by hand and on the author's own; intervals, reading, planning, pictures."""
+"""Area ratios on curves that can be integrated by hand and on the author's own; intervals, reading, plans, pictures."""
 
 import csv
 import io
@@ -121,7 +121,9 @@ def test_intervals_hold(n):
     kinds = {
         "normal": lambda: 1 + 0.1 * rng.normal(size=(draws, n)),
         "lognormal": lambda: np.exp(0.3 * rng.normal(size=(draws, n))),
-        "one in seven fails": lambda: np.where(rng.random((draws, n)) < 1 / 7, 0.3, 1 + 0.05 * rng.normal(size=(draws, n))),
+        "one in seven fails": lambda: np.where(
+            rng.random((draws, n)) < 1 / 7, 0.3, 1 + 0.05 * rng.normal(size=(draws, n))
+        ),
     }  # fmt: skip
     for (kind, draw), paired in product(kinds.items(), (True, False)):
         level = 1 + 0.3 * rng.random((draws, n)) if paired else 1  # what two runs of a seed have in common
@@ -254,7 +256,8 @@ def test_broken_runs_are_named_and_the_others_have_their_table(tmp_path):
     begin = garbled.index(b"\n%c%b" % (len(METRIC), METRIC.encode()))  # of the tag
     garbled[begin - 4 : begin] = b"\xff" * 4
     names = {"empty": b"", "text": b"no event file at all, but long enough", "cut": file.read_bytes()[:-100],
-             "huge": struct.pack("<Q", 1 << 60) + b"x" * 17, "garbled": bytes(garbled), "new\nline": file.read_bytes()}  # fmt: skip
+             "huge": struct.pack("<Q", 1 << 60) + b"x" * 17, "garbled": bytes(garbled),
+             "new\nline": file.read_bytes()}  # fmt: skip
     for name, content in names.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / file.name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""Write the curves of a curves.csv as runs again, so that transfer_matrix.py works on them without the study being rerun.
+"""Write the curves of a curves.csv as runs again, so that transfer_matrix.py works on them without a rerun.
 
     python results/catch/restore.py results/catch/curves.csv restored
     python transfer_matrix.py table --logdir restored
