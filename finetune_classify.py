@@ -239,8 +239,12 @@ class Pictures(Dataset):
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), i, f"{type(error).__name__}: {error}"
 
 
+STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
 def leave_process_group(_: int) -> None:
     os.setpgrp()  # Ctrl-C and a scheduler's SIGTERM to the group are for the main process, which ends its workers
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 # The network ----------------------------------------------------------------------------------------------------------
@@ -614,7 +618,10 @@ if __name__ == "__main__":
         )  # fmt: skip
         if table is not None:
             loader = ((table[chosen], chosen, ()) for chosen in order.to(device).split(args.batch_size))
-        for inputs, chosen, errors in loader:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # it must not meet workers that are in the group yet
+        found = iter(loader)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        for inputs, chosen, errors in found:
             if any(errors):
                 for i, error in zip(chosen.tolist(), errors):
                     if error and i not in unreadable:
