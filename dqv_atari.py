@@ -435,6 +435,8 @@ if __name__ == "__main__":
         low, high = BOUNDS.get(name, (1, 10**18))
         if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must be between {low} and {high}, not {value}")
+    if os.path.basename(args.exp_name) != args.exp_name:
+        fail(f"--exp-name {args.exp_name} is not the name of a file")  # or the first checkpoint could not be written
     if args.learning_starts > args.total_timesteps and not args.evaluate:
         fail(f"--learning-starts {args.learning_starts} is beyond --total-timesteps {args.total_timesteps}")
     if args.keep_head + (args.head_fraction > 0) + bool(args.pretrained_head) > bool(args.pretrained):

@@ -663,6 +663,7 @@ def test_cleanrl_s_bare_state_dict_is_accepted(source, tmp_path):
         ("--eval-frequency -5", "--eval-frequency must"),
         ("--repeat-action-probability 2", "--repeat-action-probability must"),
         ("--total-timesteps 40000", "--learning-starts 50000 is beyond --total-timesteps 40000"),
+        ("--exp-name a/b", "--exp-name a/b is not the name of a file"),
         ("--keep-head", "--pretrained"),
     ],
 )
