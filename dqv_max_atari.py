@@ -552,6 +552,7 @@ if __name__ == "__main__":
         return every > 0 and global_step // every > previous_step // every
 
     stops = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    stops = [number for number in stops if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     for number in stops:
         signal.signal(number, signal.default_int_handler)
     try:

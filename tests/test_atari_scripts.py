@@ -34,18 +34,7 @@ TAGS = {
 }  # fmt: skip
 V_TAGS = TAGS | {"losses/v_loss", "losses/v_values", "eval/v_minus_max_q"}
 SCRIPTS = {"ddqn_atari": TAGS, "dqv_atari": V_TAGS, "dqv_max_atari": V_TAGS}
-TOY = [
-    "--env-id",
-    "toy_env:Toy-v0",
-    "--learning-starts",
-    "4",
-    "--total-timesteps",
-    "4",
-    "--eval-episodes",
-    "1",
-    "--narrow",
-    "4",
-]
+TOY = "--env-id toy_env:Toy-v0 --learning-starts 4 --total-timesteps 4 --eval-episodes 1 --narrow 4".split()
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -397,6 +386,12 @@ def test_a_killed_run_resumes(tmp_path, toy_flags, number):
         steps = [state["step"] for state in resumed[name]["state"].values()]
         assert len(steps) == 10  # a stop between an optimizer's step and the count of updates leaves them apart by one
         assert all(0 <= float(step) - resumed["updates"] <= 1 for step in steps)
+
+
+def test_a_closed_terminal_does_not_stop_what_nohup_started(tmp_path, toy_flags):
+    command = ["nohup", sys.executable, str(ROOT / "ddqn_atari.py"), *toy_flags, "--no-cuda"]
+    code, out = start_and_kill([*command, "--checkpoint-frequency", "300"], tmp_path, signal.SIGHUP)
+    assert code == 0 and "saved runs/" in out
 
 
 def test_resuming_continues_networks_and_moments_and_leaves_a_finished_run_alone(script, source, tmp_path):
