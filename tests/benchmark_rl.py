@@ -1,11 +1,13 @@
-"""Agent steps per second of a script before and while learning, and of Stable-Baselines3's DQN, in alternation.
+"""Agent steps per second of a script before and while learning, and of other libraries' DQN, in alternation.
 
-    python tests/benchmark_rl.py --flags="--no-double --optimizer adam" --peer sb3
+    python tests/benchmark_rl.py --flags="--no-double --optimizer adam" --peers sb3 cleanrl
     python tests/benchmark_rl.py --updates                            milliseconds per update of all the scripts instead
 
-The rates are the script's own `charts/SPS`. The peer needs `pip install stable-baselines3 opencv-python`. It gets the
-same network, batch size, replay memory, exploration and number of updates per step, and the settings of RL-Zoo for the
-rest. Not collected by pytest.
+The rates are the script's own `charts/SPS`. The peers are Stable-Baselines3 and CleanRL's dqn_atari.py, of which
+--cleanrl is a copy of the repository; --peer-python is the interpreter of an environment that has what they need
+(stable-baselines3, opencv-python, and for CleanRL gymnasium 0.29.1 with ale-py 0.9). They get the same network, batch
+size, replay memory, exploration and number of updates per step, and their own settings for the rest. Not collected by
+pytest.
 """
 
 import importlib
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,12 +33,14 @@ class Args:
     script: str = "ddqn_atari.py"  # script to measure
     game: str = "Pong"  # the game's name as in ALE/<Game>-v5
     flags: str = ""  # further flags of the script, in one string
-    peer: Literal["sb3"] | None = None  # also measure this library, in alternation
+    peers: list[Literal["sb3", "cleanrl"]] = field(default_factory=list)  # also measure these, in alternation
+    peer_python: str = sys.executable  # the Python that runs them
+    cleanrl: str = "cleanrl"  # folder with CleanRL's repository
     rounds: int = 3  # measurements of each
     steps: int = 3_000  # agent steps to measure while learning, after 8,000 without learning
     updates: bool = False  # measure one update of DQN, DDQN, DQV and DQV-Max, in alternation
     threads: int = 1  # threads of torch
-    child: bool = False  # measure the peer in this process (used internally)
+    child: bool = False  # measure SB3 in this process (used internally)
 
 
 def ours(args: Args) -> tuple[float, float]:
@@ -79,20 +83,31 @@ def sb3_child(args: Args) -> None:
 
 
 def sb3(args: Args) -> tuple[float, float]:
-    command = [
-        sys.executable,
-        __file__,
-        "--child",
-        "--game",
-        args.game,
-        "--steps",
-        str(args.steps),
-        "--threads",
-        str(args.threads),
-    ]
+    flags = f"--child --game {args.game} --steps {args.steps} --threads {args.threads}"
+    command = [args.peer_python, __file__, *flags.split()]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     before, learning = done.stdout.split()[-2:]
     return float(before), float(learning)
+
+
+def cleanrl(args: Args) -> tuple[float, float]:
+    """From the times of its events: the ends of games before learning, a line every 100 steps while learning."""
+    total, folder = STARTS + WARM + args.steps, Path(args.cleanrl).resolve()
+    start = "import sys, runpy, ale_py; sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    flags = f"--env-id {args.game}NoFrameskip-v4 --buffer-size {BUFFER} --learning-starts {STARTS} --start-e 0.01"
+    flags += f" --end-e 0.01 --total-timesteps {total} --target-network-frequency 10000"
+    command = [args.peer_python, "-c", start, str(folder / "cleanrl" / "dqn_atari.py"), *flags.split()]
+    env = os.environ | {"PYTHONPATH": str(folder)}
+    with tempfile.TemporaryDirectory() as cwd:
+        subprocess.run(command, check=True, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        events = EventAccumulator(str(next(Path(cwd, "runs").iterdir())), size_guidance={"scalars": 0})
+        events.Reload()
+    logged = [(event.step, event.wall_time) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
+    rates = []
+    for low, high in ((WARM, STARTS), (STARTS + WARM, total)):
+        (first, begun), *_, (last, ended) = sorted(event for event in logged if low < event[0] < high)
+        rates.append((last - first) / (ended - begun))
+    return tuple(rates)
 
 
 def updates(args: Args) -> None:
@@ -144,7 +159,7 @@ if __name__ == "__main__":
         updates(args) if args.updates else sb3_child(args)
         sys.exit()
     measured = {f"{args.script} {args.flags}".strip(): (ours, [])}
-    measured |= {args.peer: (sb3, [])} if args.peer else {}
+    measured |= {peer: (globals()[peer], []) for peer in args.peers}
     for number in range(args.rounds):
         for name, (measure, found) in measured.items():
             found.append(measure(args))
@@ -152,7 +167,7 @@ if __name__ == "__main__":
     print(f"\n| {args.game}, {args.threads} threads, median of {args.rounds} | steps/s before | learning |\n|-|-|-|")
     for name, (_, found) in measured.items():
         print(f"| {name} | " + " | ".join(f"{statistics.median(column):,.1f}" for column in zip(*found)) + " |")
-    if args.peer:
-        (_, mine), (_, theirs) = measured.values()
-        ratios = [[a / b for a, b in zip(*columns)] for columns in zip(zip(*mine), zip(*theirs))]
-        print("| ratio, median over the rounds | " + " | ".join(f"{statistics.median(r):.2f}" for r in ratios) + " |")
+    (_, mine), *others = measured.values()
+    for peer, (_, theirs) in zip(args.peers, others):
+        ratios = [statistics.median(a / b for a, b in zip(*columns)) for columns in zip(zip(*mine), zip(*theirs))]
+        print(f"| ours / {peer}, median over the rounds | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")

@@ -119,7 +119,17 @@ def test_the_drift_test_names_the_block_that_drifted(monkeypatch, tmp_path):
 
 
 def test_readme_and_pages_name_only_flags_that_exist():
-    known = {"--help", "--flags", "--peer", "--updates", "--rounds", "--processes", "--steps"}  # of benchmark_rl.py
+    known = {
+        "--help",
+        "--flags",
+        "--peers",
+        "--peer-python",
+        "--cleanrl",
+        "--updates",
+        "--rounds",
+        "--processes",
+        "--steps",
+    }  # of benchmark_rl.py
     known |= {"--images", "--source-size", "--archs", "--workers"}  # of the other benchmarks
     known |= {"--array", "--gres", "--wrap", "--line-length", "--select", "--index-url"}  # of Slurm, ruff, pip
     modules = [importlib.import_module(script) for script in SCRIPTS]
