@@ -239,14 +239,6 @@ class Pictures(Dataset):
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), i, f"{type(error).__name__}: {error}"
 
 
-STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-
-
-def leave_process_group(_: int) -> None:
-    os.setpgrp()  # Ctrl-C and a scheduler's SIGTERM to the group are for the main process, which ends its workers
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-
-
 # The network ----------------------------------------------------------------------------------------------------------
 def load_file(path: str) -> dict:
     """What is in a file, or in that of a run's folder, and its `path`."""
@@ -559,9 +551,7 @@ if __name__ == "__main__":
     folder = args.predict or args.data_dir
     if not os.path.isdir(folder or "") and (args.predict or not args.dataset):
         fail(f"{folder}: there is no such folder" if folder else "give --data-dir DIR or --dataset NAME")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, signal.default_int_handler)
+    stops = []  # signals to end the run, heeded between batches: a fork of workers would lose a KeyboardInterrupt
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("high")
@@ -614,14 +604,13 @@ if __name__ == "__main__":
         # a generator of its own: the number of workers changes no other random draw
         loader = DataLoader(
             pictures, args.batch_size, sampler=order.tolist(), num_workers=min(workers, len(order)), pin_memory=on_cuda,
-            worker_init_fn=leave_process_group, generator=torch.Generator(),
+            generator=torch.Generator(),
         )  # fmt: skip
         if table is not None:
             loader = ((table[chosen], chosen, ()) for chosen in order.to(device).split(args.batch_size))
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # it must not meet workers that are in the group yet
-        found = iter(loader)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        for inputs, chosen, errors in found:
+        for inputs, chosen, errors in loader:
+            if stops:
+                raise KeyboardInterrupt
             if any(errors):
                 for i, error in zip(chosen.tolist(), errors):
                     if error and i not in unreadable:
@@ -708,6 +697,9 @@ if __name__ == "__main__":
             save_figure(draw_curves(state["history"]), os.path.join(run_dir, "curves.png"))
 
     # Training
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda number, _: stops.append(number))
     saved_at = -60.0
     try:
         while (epoch := state["epoch"]) < args.epochs and state["stale"] < args.patience:
@@ -743,7 +735,7 @@ if __name__ == "__main__":
     except (KeyboardInterrupt, Exception) as end:  # noqa: BLE001 a lost worker, a full GPU: nothing is lost
         save()
         print(f"stopped by {end!r}; python {sys.argv[0]} --resume {run_dir} goes on", file=sys.stderr)
-        sys.exit(130 if isinstance(end, KeyboardInterrupt) else 1)
+        sys.exit(130 if stops else 1)  # a signal to the group may end a worker first
     for task, confusion in confusions.items():
         name = f"confusion_{task}.png" if len(confusions) > 1 else "confusion.png"
         save_figure(draw_confusion(confusion, classes[task], f"{task}, test images"), os.path.join(run_dir, name))

@@ -295,11 +295,8 @@ class Pictures(Dataset):
         return torch.as_tensor(image), {key: torch.as_tensor(value) for key, value in target.items()}, i
 
 
-def leave_process_group(_: int) -> None:
-    """Of a worker: Ctrl-C and a scheduler's SIGTERM to the group are for the main process, which ends its workers."""
-    if os.name == "posix":
-        os.setpgrp()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+# Signals to end the run, heeded between batches: the fork of workers would lose a KeyboardInterrupt
+STOPS = []
 
 
 def read_batches(args: Args, data: Pictures, ids: list[int], device: torch.device, epoch: int | None = None):
@@ -310,14 +307,10 @@ def read_batches(args: Args, data: Pictures, ids: list[int], device: torch.devic
         ids = [ids[i] for i in order.tolist()]
     # a generator of its own: else every pass would draw from the one that dropout and the R-CNNs draw from
     loader = DataLoader(data, args.batch_size, sampler=ids, num_workers=min(args.workers, len(ids)), collate_fn=list,
-                        pin_memory=device.type == "cuda", worker_init_fn=leave_process_group,
-                        generator=torch.Generator())  # fmt: skip
-    if os.name == "posix":  # workers start by a fork, in which Python would lose the exception of a signal's handler
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    batches = iter(loader)
-    if os.name == "posix":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    for items in batches:
+                        pin_memory=device.type == "cuda", generator=torch.Generator())  # fmt: skip
+    for items in loader:
+        if STOPS:
+            raise KeyboardInterrupt
         for _, reason, i in (item for item in items if item[0] is None and item[2] not in data.unreadable):
             print(f"left out: {data.coco.imgs[i]['file_name']} cannot be used, {reason}")
             data.unreadable.add(i)
@@ -785,9 +778,6 @@ if __name__ == "__main__":
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     if args.workers is None:
         args.workers = os.cpu_count() if device.type == "cuda" else min(os.cpu_count(), 4)
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, signal.default_int_handler)
     torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("high")
     # the new layers of a chain must not be those that its source, often of the same seed, began with
@@ -868,6 +858,9 @@ if __name__ == "__main__":
 
     # Training
     updates, started, done, shown = math.ceil(len(ids["train"]) / args.batch_size), time.perf_counter(), 0, -math.inf
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda number, _: STOPS.append(number))
     try:
         save()
         while epoch < args.epochs and not 0 < args.patience <= stale:
@@ -919,6 +912,8 @@ if __name__ == "__main__":
             print(f"test: {describe(test('test'))} (the best of {epoch} epochs)")
         writer.close()
         print(f"saved {path}; {len(data.unreadable):,} images could not be used and were left out")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError):
+        if not STOPS:  # a signal to the group may end a worker first
+            raise
         print(f"\nstopped; python {sys.argv[0]} --resume {run_dir} goes on after the last epoch", file=sys.stderr)
         sys.exit(130)

@@ -1,0 +1,37 @@
+# Trains the runs of a seed of the study of negative transfer, one after the other; what is complete is skipped:
+#
+#   OMP_NUM_THREADS=1 bash results/negative_transfer/run.sh 1
+#
+# Arms are folders of runs/negative: `correct`; `no_terminal`, in which neither the source nor the target has terminal
+# transitions; `source_only` and `target_only`, in which only that one has none.
+seed=$1
+games=${2:-"0 3"}
+flags="--no-double --narrow 4 --learning-rate 1e-3 --learning-starts 1000 --target-network-frequency 500
+  --total-timesteps 36000 --eval-frequency 2000 --eval-episodes 64 --checkpoint-frequency 0 --seed $seed"
+
+train() { # arm, name, target, flags
+  folder="runs/negative/$1"
+  done="$folder/.$2-$3-$seed"
+  [ -e "$done" ] && return
+  rm -rf "$folder/catch_env-Catch-v$3__$2__${seed}__"*
+  case $1 in no_terminal | target_only) terminal="--no-terminal" ;; *) terminal="" ;; esac
+  # shellcheck disable=SC2086 # flags are split
+  python ddqn_atari.py --env-id "catch_env:Catch-v$3" --exp-name "$2" --logdir "$folder" $flags $terminal ${*:4} &&
+    touch "$done"
+}
+
+for arm in correct no_terminal; do
+  for game in $games; do
+    train $arm scratch "$game"
+  done
+done
+for arm in correct no_terminal source_only target_only; do
+  case $arm in correct | target_only) source=correct ;; *) source=no_terminal ;; esac
+  for target in $games; do
+    for game in $games; do
+      run=$(echo "runs/negative/$source/catch_env-Catch-v${game}__scratch__${seed}__"*)
+      train $arm "from_v$game" "$target" --pretrained "$run"
+      [ "$game" = "$target" ] && train $arm "head_v$game" "$target" --pretrained "$run" --freeze-features
+    done
+  done
+done
