@@ -49,10 +49,9 @@ VARIANTS = {
 class CatchVectorEnv(VectorEnv):
     """`num_envs` games in one set of arrays, with next-step autoreset: the call after a termination ignores a game's
     action and returns the first observation of its next episode with reward 0. Game i of `reset(seed=s)` plays exactly
-    as `CatchEnv` does after `reset(seed=s + i)`. What `step` returns is new: rewards float64, terminations bool."""
+    as `CatchEnv` does after `reset(seed=s + i)`. The next step reads what `step` returned: do not write to it."""
 
-    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": ["rgb_array"]}  # noqa: RUF012
-    metadata["render_fps"] = 6
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": ["rgb_array"], "render_fps": 6}
 
     def __init__(self, num_envs=1, render_mode=None, small_paddle=False, noisy=False, mirrored=False, balls_to_win=1):
         self.num_envs, self.render_mode = num_envs, render_mode
@@ -71,7 +70,7 @@ class CatchVectorEnv(VectorEnv):
         self.picture = np.zeros((num_envs, SIZE, SIZE), np.uint32)
         self.cells = self.picture[:, ::-1] if mirrored else self.picture  # here the ball always falls
         self.paddle_row_levels = np.zeros((num_envs, PADDLE_ROW - START_ROW), np.uint32)
-        self.frames = [np.zeros((num_envs, SIZE * CELL, SIZE * CELL), np.uint8)] * 4  # oldest first
+        self.frames = np.zeros(self.observation_space.shape, np.uint8)  # the newest observations, oldest frame first
         self.paddle, self.ball_x, self.ball_y, self.ball_vx = np.zeros((4, num_envs), np.int64)
         self.caught, self.balls = np.zeros((2, num_envs), np.int64)
         self.rngs = [gym.utils.seeding.np_random()[0] for _ in range(num_envs)]
@@ -105,14 +104,16 @@ class CatchVectorEnv(VectorEnv):
             for i in np.flatnonzero(another):
                 self._new_ball(i, int(self.rngs[i].integers(105)))
             self._fall(np.flatnonzero(another))
-        self.frames = [*self.frames[1:], np.repeat(self.picture, CELL, axis=1).view(np.uint8)]
-        for frame in self.frames[:-1]:
-            frame[starting] = 0  # as ALE's vector environment: frames older than the episode are black
+        frames = np.empty_like(self.frames)
+        frames[:, :-1] = self.frames[:, 1:]
+        frames[starting, :-1] = 0  # as ALE's vector environment: frames older than the episode are black
+        frames[:, -1].reshape(self.num_envs, SIZE, CELL, -1)[:] = self.picture.view(np.uint8)[:, :, None]
+        self.frames = frames
         self.over = landed & ~another
         won = (caught & ~another).astype(np.float64)
         infos = {"caught": self.caught.copy(), "balls": self.balls.copy()}
         infos |= {f"_{key}": np.ones(self.num_envs, bool) for key in infos}
-        return np.stack(self.frames, axis=1), won, self.over.copy(), np.zeros(self.num_envs, bool), infos
+        return frames, won, self.over.copy(), np.zeros(self.num_envs, bool), infos
 
     def _new_ball(self, i: int, start: int) -> None:
         """Put a ball in row 4 by a number uniform in 0..104: 5 sideways speeds x 21 columns."""
@@ -125,8 +126,7 @@ class CatchVectorEnv(VectorEnv):
         self.caught[i] = self.balls[i] = self.cells[i] = 0
         if self.noisy:
             # A cell takes two bits of a random byte: the same distribution as integers(2, 6), at a tenth of its price.
-            random_bytes = self.rngs[i].bit_generator.random_raw(57).view(np.uint8)  # 456, of which 441 + 12 count
-            levels = self.background_levels[random_bytes & 3]
+            levels = self.background_levels[self.rngs[i].bit_generator.random_raw(57).view(np.uint8) & 3]  # 456
             self.cells[i] = levels[: SIZE * SIZE].reshape(SIZE, SIZE)
             # The rest of the paddle's row flickers: one level per step of the episode, the no-op of reset included.
             self.paddle_row_levels[i] = levels[SIZE * SIZE :][: PADDLE_ROW - START_ROW]
@@ -143,7 +143,7 @@ class CatchVectorEnv(VectorEnv):
 
     def render(self):
         """What the network sees now, enlarged: of each game uint8 `(336, 336, 3)`."""
-        return tuple(np.repeat(frame.repeat(4, 0).repeat(4, 1)[..., None], 3, 2) for frame in self.frames[-1])
+        return tuple(np.repeat(frame.repeat(4, 0).repeat(4, 1)[..., None], 3, 2) for frame in self.frames[:, -1])
 
     def get_action_meanings(self) -> list[str]:
         return ["LEFT", "RIGHT", "STAY"]
@@ -207,7 +207,7 @@ if __name__ == "__main__":
             if args.gif:
                 pictures.append(Image.fromarray(games.render()[0]))
             else:
-                lines = ["".join(" o.:+#"[level // 51] for level in row) for row in games.frames[-1][0, ::4, ::4]]
+                lines = ["".join(" o.:+#"[level // 51] for level in row) for row in games.frames[0, -1, ::4, ::4]]
                 print("\033[H\033[2J" * sys.stdout.isatty() + "\n".join(lines))
                 print(f"{env_id}, episode {episode}: caught {games.caught[0]} of {games.balls[0]}\n", flush=True)
                 time.sleep(sys.stdout.isatty() / 6)
