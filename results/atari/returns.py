@@ -3,33 +3,31 @@
     python results/atari/returns.py pong.png results/atari/author/pong_results.txt runs/ALE-Pong-v5__*
 
 The author's files (github.com/paintception/phd-thesis, MIT licence) have the columns DQV, DQV-Max, DQN and DDQN over
-episodes; without such a file, ours are drawn alone. The name of a run's folder says its algorithm.
+episodes; without such a file, ours are drawn alone.
 """
 
 import csv
 import os
 import sys
 from collections import defaultdict
+from pathlib import Path
 
-import matplotlib
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from transfer_matrix import read_run  # noqa: E402
 
 COLOURS = {"DDQN": "C0", "DQN": "C1", "DQV": "C2", "DQV-Max": "C3"}  # as transfer_matrix.py has them
-NAMES = {"dqn_atari": "DQN", "ddqn_atari": "DDQN", "dqv_atari": "DQV", "dqv_max_atari": "DQV-Max"}
+TAG = "charts/episodic_return"
 
 out, author, *folders = sys.argv[1:]
 returns = defaultdict(list)
 for folder in folders:
-    events = EventAccumulator(folder, size_guidance={"scalars": 0})
-    events.Reload()
-    if "charts/episodic_return" in events.Tags()["scalars"]:
-        algorithm = NAMES[os.path.basename(os.path.normpath(folder)).split("__")[1]]
-        returns[algorithm].append([event.value for event in events.Scalars("charts/episodic_return")])
-figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    run = read_run(folder, [TAG])
+    returns[run.algorithm].append(run.curves[TAG][:, 1])
+figure = Figure(figsize=(7, 4), layout="constrained")
+axes = figure.subplots()
 for algorithm, runs in returns.items():
     episodes = min(map(len, runs))
     smooth = np.convolve(np.mean([run[:episodes] for run in runs], axis=0), np.ones(20) / 20, "valid")

@@ -1,11 +1,13 @@
 # Trains the runs of a seed of the study of negative transfer, one after the other; what is complete is skipped:
 #
-#   OMP_NUM_THREADS=1 bash results/negative_transfer/run.sh 1
+#   OMP_NUM_THREADS=1 bash results/negative_transfer/run.sh SEED [ARMS [MODES [GAMES]]]
 #
 # Arms are folders of runs/negative: `correct`; `no_terminal`, in which neither the source nor the target has terminal
 # transitions; `source_only` and `target_only`, in which only that one has none.
 seed=$1
-games=${2:-"0 3"}
+arms=${2:-"correct no_terminal source_only target_only"}
+modes=${3:-"scratch fine-tuning only-head"}
+games=${4:-"0 3"}
 flags="--no-double --narrow 4 --learning-rate 1e-3 --learning-starts 1000 --target-network-frequency 500
   --total-timesteps 36000 --eval-frequency 2000 --eval-episodes 64 --checkpoint-frequency 0 --seed $seed"
 
@@ -20,18 +22,17 @@ train() { # arm, name, target, flags
     touch "$done"
 }
 
-for arm in correct no_terminal; do
-  for game in $games; do
-    train $arm scratch "$game"
-  done
-done
-for arm in correct no_terminal source_only target_only; do
-  case $arm in correct | target_only) source=correct ;; *) source=no_terminal ;; esac
-  for target in $games; do
-    for game in $games; do
-      run=$(echo "runs/negative/$source/catch_env-Catch-v${game}__scratch__${seed}__"*)
-      train $arm "from_v$game" "$target" --pretrained "$run"
-      [ "$game" = "$target" ] && train $arm "head_v$game" "$target" --pretrained "$run" --freeze-features
+for mode in $modes; do
+  for arm in $arms; do
+    case $arm in correct | target_only) sources=correct ;; *) sources=no_terminal ;; esac
+    for target in $games; do
+      [ $mode = scratch ] && [ $arm = $sources ] && train "$arm" scratch "$target"
+      for game in $games; do
+        run=$(echo "runs/negative/$sources/catch_env-Catch-v${game}__scratch__${seed}__"*)
+        [ $mode = fine-tuning ] && train "$arm" "from_v$game" "$target" --pretrained "$run"
+        [ $mode = only-head ] && [ "$game" = "$target" ] &&
+          train "$arm" "head_v$game" "$target" --pretrained "$run" --freeze-features
+      done
     done
   done
 done
