@@ -4,6 +4,8 @@
 #
 # Arms are folders of runs/negative: `correct`; `no_terminal`, in which neither the source nor the target has terminal
 # transitions; `source_only` and `target_only`, in which only that one has none.
+# glibc keeps freed memory: a tenth of the time
+export MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=2000000000
 seed=$1
 arms=${2:-"correct no_terminal source_only target_only"}
 modes=${3:-"scratch fine-tuning only-head"}
