@@ -466,6 +466,13 @@ def test_evaluate_prints_what_was_measured(script, source, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_committed_network_plays_pong(tmp_path):
+    """Its page says how well; random play loses by 20.7."""
+    weights = ROOT / "results" / "atari" / "pong_dqn.pt"
+    out = run("ddqn_atari.py", "--evaluate", weights, "--eval-episodes", 2, cwd=tmp_path).stdout
+    assert float(out.split("episodic_return ")[1].split(",")[0]) > 0
+
+
 class Corridor(gym.vector.VectorEnv):
     """Two games of three states that a checker board tells apart; the second game is a step shorter."""
 
