@@ -3,14 +3,15 @@
 #   OMP_NUM_THREADS=1 bash results/negative_transfer/run.sh SEED [ARMS [MODES [GAMES]]]
 #
 # Arms are folders of runs/negative: `correct`; `no_terminal`, in which neither the source nor the target has terminal
-# transitions; `source_only` and `target_only`, in which only that one has none.
+# transitions; `source_only` and `target_only`, in which only that one has none; `slow_target`, as `no_terminal` with a
+# target network that is copied a tenth as often.
 # glibc keeps freed memory: a tenth of the time
 export MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=2000000000
 seed=$1
-arms=${2:-"correct no_terminal source_only target_only"}
+arms=${2:-"correct no_terminal source_only target_only slow_target"}
 modes=${3:-"scratch fine-tuning only-head"}
 games=${4:-"0 3"}
-flags="--no-double --narrow 4 --learning-rate 1e-3 --learning-starts 1000 --target-network-frequency 500
+flags="--no-double --narrow 4 --learning-rate 1e-3 --learning-starts 1000
   --total-timesteps 36000 --eval-frequency 2000 --eval-episodes 64 --checkpoint-frequency 0 --seed $seed"
 
 train() { # arm, name, target, flags
@@ -18,15 +19,17 @@ train() { # arm, name, target, flags
   done="$folder/.$2-$3-$seed"
   [ -e "$done" ] && return
   rm -rf "$folder/catch_env-Catch-v$3__$2__${seed}__"*
-  case $1 in no_terminal | target_only) terminal="--no-terminal" ;; *) terminal="" ;; esac
+  case $1 in no_terminal | target_only | slow_target) terminal="--no-terminal" ;; *) terminal="" ;; esac
+  case $1 in slow_target) period=5000 ;; *) period=500 ;; esac
   # shellcheck disable=SC2086 # flags are split
-  python ddqn_atari.py --env-id "catch_env:Catch-v$3" --exp-name "$2" --logdir "$folder" $flags $terminal ${*:4} &&
+  python ddqn_atari.py --env-id "catch_env:Catch-v$3" --exp-name "$2" --logdir "$folder" $flags $terminal \
+    --target-network-frequency $period ${*:4} &&
     touch "$done"
 }
 
 for mode in $modes; do
   for arm in $arms; do
-    case $arm in correct | target_only) sources=correct ;; *) sources=no_terminal ;; esac
+    case $arm in target_only) sources=correct ;; source_only) sources=no_terminal ;; *) sources=$arm ;; esac
     for target in $games; do
       [ $mode = scratch ] && [ $arm = $sources ] && train "$arm" scratch "$target"
       for game in $games; do
