@@ -422,7 +422,9 @@ def graphed(function: Callable) -> Callable:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=f"{ALGORITHM}: flags of the run, the game, the algorithm, evaluation, transfer.")
+    about = f"{ALGORITHM}. A first run: python {os.path.basename(__file__)} --env-id catch_env:Catch-v0 (in brackets: "
+    about += "defaults of such small games). Flags of the run, the game, the algorithm, evaluation, transfer:"
+    args = tyro.cli(Args, description=about)
     checkpoint, trusted = load_checkpoint(args.resume or args.evaluate), ("catch_env", args.env_id.split(":")[0])
     path, source = checkpoint.get("path"), {} if checkpoint else load_checkpoint(args.pretrained)
     saved = {name: value for name, value in checkpoint.get("args", {}).items() if name in vars(args)}
@@ -561,8 +563,9 @@ if __name__ == "__main__":
     playing, zeros, on_the_ale = np.ones(args.num_envs, bool), np.zeros(args.num_envs), isinstance(envs, AtariVectorEnv)
     rb.stage(zeros, zeros, zeros, obs, restarted=playing, playing=playing)
     returns, lengths, recent, lives = zeros.copy(), zeros.copy(), deque(maxlen=20), infos.get("lives", zeros)
-    eval_envs, previous_step, duration = None, global_step, max(1, args.exploration_fraction * args.total_timesteps)
-    window_step, window_start, line_step, line_time = global_step, time.perf_counter(), global_step, time.perf_counter()
+    duration, eval_envs, previous_step = max(1, args.exploration_fraction * args.total_timesteps), None, global_step
+    window_step, window_start = line_step, line_time = global_step, time.perf_counter()
+    line_learned = False  # whether all steps since the last progress line were of learning
 
     def reached(every: int) -> bool:
         return every > 0 and global_step // every > previous_step // every
@@ -619,12 +622,12 @@ if __name__ == "__main__":
             now = time.perf_counter()
             if now - line_time > 10:
                 sps = (global_step - line_step) / (now - line_time)
-                seconds = (args.total_timesteps - global_step) / sps if sps else 0
-                left = timedelta(seconds=int(seconds)) if updates and refill <= 0 else "once learning"
+                seconds = (args.total_timesteps - global_step) / max(sps, 0.01)
+                left = timedelta(seconds=int(seconds)) if line_learned else "once learning"
                 score = f"{np.mean(recent):.2f}" if recent else "none yet"
                 print(f"step {global_step:,}/{args.total_timesteps:,}  SPS {sps:,.0f}  ETA {left}  return {score}  "
                       f"epsilon {epsilon:.3f}{'  refilling the memory' * (refill > 0)}", flush=True)  # fmt: skip
-                line_time, line_step = now, global_step
+                line_time, line_step, line_learned = now, global_step, updates > 0 and refill <= 0
             if reached(1_000) or finished:
                 *losses, n_updates, max_q, n_states = sums.tolist()  # the only place where logging waits
                 sums.zero_()

@@ -522,7 +522,8 @@ def draw_saliency(networks: dict[str, Classifier], images: torch.Tensor, labels:
 
 if __name__ == "__main__":
     # TRY NOT TO MODIFY: flags, with those of the run that --resume and --evaluate name unless given anew
-    about = "Train an image classifier off-the-shelf, by fine-tuning or from scratch, then test it once."
+    about = "Train an image classifier off-the-shelf, by fine-tuning or from scratch, then test it once. A first run: "
+    about += "python finetune_classify.py --dataset Flowers102 --download --strategy off-the-shelf"
     args, checkpoint = tyro.cli(Args, description=about), {}
     if args.evaluate or args.resume:
         checkpoint = load_file(args.evaluate or args.resume)
@@ -531,7 +532,7 @@ if __name__ == "__main__":
             fail(f"{path} is not a checkpoint of this script")
         own = set(vars(args)) - {"exp_name", "logdir", "resume", "evaluate", "predict"}
         saved = {name: value for name, value in checkpoint["args"].items() if name in own}
-        args = tyro.cli(Args, default=Args(**saved), description=about)
+        args = tyro.cli(Args, default=Args(**saved))
         moved = any(getattr(args, name) != saved[name] for name in ("data_dir", "dataset", "metadata"))
         if args.split_file == saved["split_file"]:
             args.split_file = os.path.join(beside, "split.csv") if args.resume or not moved else None

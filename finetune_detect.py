@@ -742,7 +742,8 @@ def draw_curves(history: list[dict], path: str) -> None:
 
 if __name__ == "__main__":
     # TRY NOT TO MODIFY: flags, with those of the run that --resume and --evaluate name unless given anew
-    args, checkpoint = tyro.cli(Args, description="Fine-tune and compare object detectors."), {}
+    about = "Fine-tune object detectors. A first run: python finetune_detect.py --dataset voc2007 --download"
+    args, checkpoint = tyro.cli(Args, description=about), {}
     if args.resume or args.evaluate:
         checkpoint = read_checkpoint(args.resume or args.evaluate)
         if not {"classes", "loaded", "last"} <= set(checkpoint):

@@ -492,5 +492,6 @@ def plot(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description="Transfer studies, from plan to picture.")
+    about = "Transfer studies, from plan to picture. After the runs: python transfer_matrix.py table --logdir runs"
+    args = tyro.cli(Args, description=about)
     {"plan": plan, "table": table, "scores": scores, "plot": plot}[args.command](args)
