@@ -125,6 +125,15 @@ def analyse() -> None:
         share = f"{(negative < 0).sum()} of {len(negative)}"
         rows.append([ARMS[arm][0], kind, str(len(seeds)), share, interval(ratios), interval(differences)])
     print_table(["terminals", "transfer", "seeds", "runs with R < 0", "R", "late difference"], rows)
+    print("The same, minus that of the same seed with terminals stored:\n")
+    rows = []
+    for (arm, kind), seeds in pattern.items():
+        both = sorted(set(seeds) & set(pattern["correct", kind])) if arm != "correct" else []
+        if both:
+            mine, theirs = (np.array([np.mean(pattern[key, kind][seed], axis=0) for seed in both])
+                            for key in (arm, "correct"))  # fmt: skip
+            rows.append([ARMS[arm][0], kind, str(len(both)), *(interval(column) for column in (mine - theirs).T)])
+    print_table(["terminals", "transfer", "seeds", "R", "late difference"], rows)
     print("Each cell:\n")
     print_table(["terminals", "from", "to", "mode", "seeds", "R", "late difference"], cells)
 
