@@ -84,7 +84,7 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 
 def analyse() -> None:
     curves = read_curves()
-    ends, cells, points = [], [], []
+    ends, cells, points, gains = [], [], [], defaultdict(list)
     pattern = defaultdict(lambda: defaultdict(list))  # {(arm, kind): {seed: [(R, late difference)]}}
     for arm, (title, scratch_arm, source_arm) in ARMS.items():
         scratch = defaultdict(list)
@@ -109,6 +109,7 @@ def analyse() -> None:
                 kind = "between games" if source != target else f"to itself, {mode}"
                 pattern[arm, kind][seed].append((pairs[-1][0] / pairs[-1][1] - 1, pairs[-1][2]))
                 points.append((arm, late(origin, "dead_units"), late(origin, "feature_rank"), pairs[-1][2]))
+                gains[arm].append([area(curve) / area(old) - 1, *(late(curve, n) - late(old, n) for n in COLUMNS[2:])])
             if pairs:
                 new, old, difference = np.array(pairs).T
                 ratio, low, high = relative_change(new, old)
@@ -134,6 +135,10 @@ def analyse() -> None:
                             for key in (arm, "correct"))  # fmt: skip
             rows.append([ARMS[arm][0], kind, str(len(both)), *(interval(column) for column in (mine - theirs).T)])
     print_table(["terminals", "transfer", "seeds", "R", "late difference"], rows)
+    print("Rank correlation of R with what the network has more than that from scratch in the end:\n")
+    rows = [(arm, np.array(rows).T) for arm, rows in gains.items() if len(rows) > 9]
+    rows = [[ARMS[arm][0], str(len(r)), *(f"{rank_correlation(r, g):+.2f}" for g in more)] for arm, (r, *more) in rows]
+    print_table(["terminals", "runs", *(name.replace("_", " ") for name in COLUMNS[2:])], rows)
     print("Each cell:\n")
     print_table(["terminals", "from", "to", "mode", "seeds", "R", "late difference"], cells)
 
