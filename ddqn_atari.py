@@ -174,8 +174,9 @@ class QNetwork(nn.Module):
         self.value = nn.Sequential(hidden, nn.ReLU(), nn.Linear(512 // narrow, 1)) if dueling else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(torch.bfloat16 if self.bf16 else torch.float32) / 255.0
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            features = self.network[:7](x / 255.0)
+            features = self.network[:7](x)
             q = self.network[7:](features).float()
             return q if self.value is None else self.value(features).float() + q - q.mean(dim=1, keepdim=True)
 

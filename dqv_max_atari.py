@@ -169,8 +169,9 @@ class QNetwork(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(torch.bfloat16 if self.bf16 else torch.float32) / 255.0
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.network(x / 255.0).float()
+            return self.network(x).float()
 
 
 @torch.no_grad()

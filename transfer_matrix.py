@@ -15,6 +15,7 @@ import csv
 import os
 import re
 import shlex
+import signal
 import struct
 import sys
 from collections import defaultdict
@@ -494,4 +495,5 @@ def plot(args: Args) -> None:
 if __name__ == "__main__":
     about = "Transfer studies, from plan to picture. After the runs: python transfer_matrix.py table --logdir runs"
     args = tyro.cli(Args, description=about)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `plan | head` ends without a traceback
     {"plan": plan, "table": table, "scores": scores, "plot": plot}[args.command](args)

@@ -39,6 +39,7 @@ class Args:
     rounds: int = 3  # measurements of each
     steps: int = 3_000  # agent steps to measure while learning, after 8,000 without learning
     updates: bool = False  # measure one update of DQN, DDQN, DQV and DQV-Max, in alternation
+    bf16: bool = False  # with --updates: networks in bfloat16
     threads: int = 1  # threads of torch
     child: bool = False  # measure SB3 in this process (used internally)
 
@@ -120,6 +121,8 @@ def updates(args: Args) -> None:
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ddqn, dqv, dqv_max = (importlib.import_module(name) for name in ("ddqn_atari", "dqv_atari", "dqv_max_atari"))
+    for module in (ddqn, dqv, dqv_max):
+        module.QNetwork.bf16 = args.bf16
     rb = ddqn.Replay(BUFFER, 8, device)
     obs, zeros = np.random.default_rng(0).integers(256, size=(8, 4, 84, 84), dtype=np.uint8), np.zeros(8)
     for step in range(BUFFER // 8):

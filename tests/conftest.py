@@ -36,9 +36,8 @@ def run(script, *args, cwd, check=True):
     `variables` of what comes back are the script's own at its end, if it did not exit.
     """
     command = [str(ROOT / script), *map(str, args), *(["--no-cuda"] if script in ON_CUDA else [])]
-    handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
-    }
+    changed = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE
+    handlers = {number: signal.getsignal(number) for number in changed}
     out, err, code, variables = io.StringIO(), io.StringIO(), 0, {}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(cwd)
