@@ -4,11 +4,11 @@
 # reaches .95 in 130,000 steps with an update every 8, and .93 in 256,000 with one every 32 in 0.6 of the time. From a
 # folder with the scripts and catch_env.py:
 #
-#   bash plan.sh ddqn_atari.py dqn_atari "--no-double" source "1 2 3" 0 1 2 3 > jobs.txt
+#   bash plan.sh ddqn_atari.py dqn_atari "--no-double --bf16" source "1 2 3" 0 1 3 > jobs.txt
 #   OMP_NUM_THREADS=1 xargs -d '\n' -P 2 -I{} sh -c '{}' < jobs.txt
 #
 # and the same with the stages transfer, self-transfer, hybrid, and for Catch-v4 with `source` and `transfer` on game 4.
-# DDQN: bash plan.sh ddqn_atari.py ddqn_atari "" ...; DQV: bash plan.sh dqv_atari.py dqv_atari "" ...
+# With Catch-v2: GAMES="0 1 2 3" bash plan.sh ... 0 1 2 3. DDQN: ddqn_atari.py ddqn_atari ""; DQV: dqv_atari.py dqv_atari ""
 # Then: python transfer_matrix.py table --logdir runs > table.md; python transfer_matrix.py plot --logdir runs --out .
 script=$1 exp=$2 extra=$3 stage=$4 seeds=$5
 shift 5
@@ -23,7 +23,7 @@ for game in "$@"; do
     1 | 4) budget="--total-timesteps 40000 --eval-frequency 2000" ;;
     *) budget="--total-timesteps 20000 --eval-frequency 1000" ;;
   esac
-  games="catch_env:Catch-v0 catch_env:Catch-v1 catch_env:Catch-v2 catch_env:Catch-v3"
+  games=$(printf "catch_env:Catch-v%s " ${GAMES:-0 1 3})
   [ "$game" = 4 ] && games="catch_env:Catch-v0 catch_env:Catch-v4"
   python transfer_matrix.py plan --script "$script" --stage "$stage" --env-ids $games \
     --targets catch_env:Catch-v$game --seeds $seeds --args="$common $schedule $budget" --source-args="$common"
