@@ -554,6 +554,8 @@ def make_detector(args: Args, num_classes: int) -> nn.Module:
         model = YOLOv3(num_classes, size or 416, nn.Sequential(parts) if args.backbone else None, channels)
     elif arch == "fcos":
         model = detection.FCOS(pyramid, num_classes, **scale)
+        # distances leave through a ReLU, of which half begin at 0 and, one step too large, all stay there for good
+        nn.init.ones_(model.head.regression_head.bbox_reg.bias)
     elif arch == "retinanet":
         octaves = tuple(tuple(round(4 * 2 ** (level + i / 3)) for i in range(3)) for level in range(3, 8))
         anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * 5)
