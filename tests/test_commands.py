@@ -50,4 +50,4 @@ def test_readme_s_commands_for_games_run_in_order(tmp_path):
                 run(job, *flags, cwd=tmp_path)
     assert len(list(tmp_path.glob("runs/*/*.pt"))) >= 6
     assert "Catch-v3" in printed["transfer_matrix.py", "table"]
-    assert len(list(tmp_path.glob("pictures/*.png"))) > 5 and list(tmp_path.glob("results/*.png"))
+    assert len(list(tmp_path.glob("pictures/*.png"))) >= 5 and list(tmp_path.glob("results/*.png"))
