@@ -464,7 +464,8 @@ def test_external_proposals_are_scaled_with_the_image():
 def trained(shapes, tmp_path_factory):
     """A finished run from scratch: (its folder, what it printed)."""
     cwd = tmp_path_factory.mktemp("trained")
-    out = run("finetune_detect.py", *flags(shapes, "--strategy", "scratch", "--epochs", 4), cwd=cwd).stdout
+    more = ["--strategy", "scratch", "--epochs", 4, "--predict-threshold", 0.1]
+    out = run("finetune_detect.py", *flags(shapes, *more), cwd=cwd).stdout
     return only_run(cwd / "runs"), out
 
 
