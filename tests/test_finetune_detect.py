@@ -542,7 +542,8 @@ def test_a_signal_to_the_process_group_leaves_a_run_that_resumes(shapes, tmp_pat
     time.sleep(0.2)  # in the second epoch
     os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in err, (out, err)
+    # torch's destructors may speak of workers that were killed
+    assert process.returncode == 130 and err.count("Traceback") == err.count("Exception ignored in"), (out, err)
     folder = only_run(tmp_path / "parts")
     assert f"--resume {folder.relative_to(tmp_path)} goes on" in err
     assert torch.load(folder / "detector.pt")["epoch"] < 2 and not list(folder.glob("*.tmp"))
