@@ -15,7 +15,7 @@ detect() {
 for strategy in fine-tune off-the-shelf scratch; do detect fasterrcnn $strategy; done
 detect fcos fine-tune  # yolov3 and retinanet were not measured again
 detect fastrcnn fine-tune --proposals proposals.json
-# 10 to 12 minutes each; the folders in runs/ were renamed to paintings__ARM__SEED__TIME
+# 10 to 14 minutes each; the folders in runs/ were renamed to paintings__ARM__SEED__TIME
 python ../../results/supervised_study.py study "AP@0.5,AP@0.1,AP" runs/*
 # detections.jpg: eight of the pictures that this writes
 python ../../finetune_detect.py --evaluate runs/*__fasterrcnn-fine-tune__* --predict images --predict-threshold 0.5
