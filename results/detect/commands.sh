@@ -13,7 +13,7 @@ detect() {
     --strategy $strategy --exp-name $arch-$strategy "$@"
 }
 for strategy in fine-tune off-the-shelf scratch; do detect fasterrcnn $strategy; done
-detect fcos fine-tune  # yolov3 and retinanet were not measured again
+for arch in fcos retinanet yolov3; do detect $arch fine-tune; done
 detect fastrcnn fine-tune --proposals proposals.json
 # 10 to 14 minutes each; the folders in runs/ were renamed to paintings__ARM__SEED__TIME
 python ../../results/supervised_study.py study "AP@0.5,AP@0.1,AP" runs/*
