@@ -29,18 +29,22 @@ ARMS = {
 
 
 def collect(logdir: str) -> None:
+    """Add the complete runs below `logdir` to curves.csv, in the place of those of the same arm, games and seed."""
+    with open(HERE / "curves.csv", newline="") as file:
+        header, *known = csv.reader(file)
+    rows = defaultdict(list)
+    for row in known:
+        rows[tuple(row[:5])].append(row)
+    for arm in ARMS:
+        for run in read_runs(f"{logdir}/{arm}", [f"eval/{name}" for name in COLUMNS]):
+            if run.lacks("eval/episodic_return"):
+                continue
+            key = arm, run.mode, run.source, run.target, str(run.seed)
+            values = np.hstack([curve[:, 1:] for curve in run.curves.values()])
+            steps = run.curves["eval/episodic_return"][:, 0].astype(int)
+            rows[key] = [[*key, step, *(f"{value:.5g}" for value in row)] for step, row in zip(steps, values)]
     with open(HERE / "curves.csv", "w", newline="") as file:
-        out = csv.writer(file, lineterminator="\n")
-        out.writerow([*KEYS, "step", *COLUMNS])
-        for arm in ARMS:
-            for run in read_runs(f"{logdir}/{arm}", [f"eval/{name}" for name in COLUMNS]):
-                if run.lacks("eval/episodic_return"):
-                    continue
-                steps = run.curves["eval/episodic_return"][:, 0]
-                values = np.stack([curve[:, 1] for curve in run.curves.values()], axis=1)
-                for step, row in zip(steps, values):
-                    key = [arm, run.mode, run.source, run.target, run.seed, int(step)]
-                    out.writerow([*key, *(f"{value:.5g}" for value in row)])
+        csv.writer(file, lineterminator="\n").writerows([header, *sum(rows.values(), [])])
 
 
 def read_curves() -> dict[tuple, np.ndarray]:
