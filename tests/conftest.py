@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 gym.logger.min_level = gym.logger.WARN
 torch.set_num_threads(1)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have what the tests start ignore it
 ON_CUDA = {
     "ddqn_atari.py",
     "dqv_atari.py",

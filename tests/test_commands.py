@@ -51,3 +51,15 @@ def test_readme_s_commands_for_games_run_in_order(tmp_path):
     assert len(list(tmp_path.glob("runs/*/*.pt"))) >= 6
     assert "Catch-v3" in printed["transfer_matrix.py", "table"]
     assert len(list(tmp_path.glob("pictures/*.png"))) >= 5 and list(tmp_path.glob("results/*.png"))
+
+
+TRAINED = [c for page in PAGES[1:] for c in commands(page) if c[0].endswith("_atari.py") and "--evaluate" not in c[1]]
+
+
+@pytest.mark.parametrize("script, arguments", TRAINED)
+def test_the_pages_commands_for_games_run(script, arguments, tmp_path):
+    (tmp_path / "results").symlink_to(ROOT / "results")
+    arguments = [word.replace("$seed", "1") for word in arguments]
+    small = SMALL.replace("--narrow 8", "").replace("--eval-frequency 10", "--eval-frequency 0")
+    run(script, *arguments, *small.split(), cwd=tmp_path)
+    assert len(list(tmp_path.glob("runs/*/*.pt"))) == 1
