@@ -1,6 +1,6 @@
 """Keep of a run what --pretrained and --evaluate need, as float16: a fifth of its checkpoint.
 
-    python results/atari/make_weights.py runs/NAME results/atari/pong_dqn.pt
+python results/atari/make_weights.py runs/NAME results/atari/pong_dqn.pt
 """
 
 import sys
