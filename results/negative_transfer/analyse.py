@@ -88,7 +88,7 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 
 def analyse() -> None:
     curves = read_curves()
-    ends, cells, points, gains = [], [], [], defaultdict(list)
+    ends, cells, points, gains, origins = [], [], [], defaultdict(list), defaultdict(list)
     pattern = defaultdict(lambda: defaultdict(list))  # {(arm, kind): {seed: [(R, late difference)]}}
     for arm, (title, scratch_arm, source_arm) in ARMS.items():
         scratch = defaultdict(list)
@@ -113,6 +113,7 @@ def analyse() -> None:
                 kind = "between games" if source != target else f"to itself, {mode}"
                 pattern[arm, kind][seed].append((pairs[-1][0] / pairs[-1][1] - 1, pairs[-1][2]))
                 points.append((arm, late(origin, "dead_units"), late(origin, "feature_rank"), pairs[-1][2]))
+                origins[arm].append([area(curve) / area(old) - 1, *points[-1][1:3]])
                 gains[arm].append([area(curve) / area(old) - 1, *(late(curve, n) - late(old, n) for n in COLUMNS[2:])])
             if pairs:
                 new, old, difference = np.array(pairs).T
@@ -143,6 +144,12 @@ def analyse() -> None:
     rows = [(arm, np.array(rows).T) for arm, rows in gains.items() if len(rows) > 9]
     rows = [[ARMS[arm][0], str(len(r)), *(f"{rank_correlation(r, g):+.2f}" for g in more)] for arm, (r, *more) in rows]
     print_table(["terminals", "runs", *(name.replace("_", " ") for name in COLUMNS[2:])], rows)
+    print("Rank correlation of R with the source's:\n")
+    rows = [(ARMS[arm][0], np.array(rows).T) for arm, rows in origins.items() if len(rows) > 19]
+    rows = [
+        [title, str(len(r)), *(f"{rank_correlation(r, value):+.2f}" for value in both)] for title, (r, *both) in rows
+    ]
+    print_table(["terminals", "runs", "dead units", "feature rank"], rows)
     print("Each cell:\n")
     print_table(["terminals", "from", "to", "mode", "seeds", "R", "late difference"], cells)
 
