@@ -1,16 +1,18 @@
 """Agent steps per second of a script before and while learning, and of other libraries' DQN, in alternation.
 
     python tests/benchmark_rl.py --flags="--no-double --optimizer adam" --peers sb3 cleanrl
+    python tests/benchmark_rl.py --flags="--no-double; --no-double --bf16"      two of ours in turns
     python tests/benchmark_rl.py --updates                            milliseconds per update of all the scripts instead
 
 The rates are the script's own `charts/SPS`. The peers are Stable-Baselines3 and CleanRL's dqn_atari.py, of which
---cleanrl is a copy of the repository; --peer-python is the interpreter of an environment that has what they need
-(stable-baselines3, opencv-python, and for CleanRL gymnasium 0.29.1 with ale-py 0.9). They get the same network, batch
+--cleanrl is a copy of the repository; --peer-pythons are the interpreters of environments that have what they need, in
+their order (stable-baselines3, opencv-python, and for CleanRL gymnasium 0.29.1 with ale-py 0.9). They get the same network, batch
 size, replay memory, exploration and number of updates per step, and their own settings for the rest. Not collected by
 pytest.
 """
 
 import importlib
+import itertools
 import os
 import statistics
 import subprocess
@@ -32,9 +34,9 @@ BUFFER, STARTS, WARM = 20_000, 8_000, 1_000  # WARM: steps until the rates of a 
 class Args:
     script: str = "ddqn_atari.py"  # script to measure
     game: str = "Pong"  # the game's name as in ALE/<Game>-v5
-    flags: str = ""  # further flags of the script, in one string
+    flags: str = ""  # further flags of the script, in one string; with ; between them, several scripts in turns
     peers: list[Literal["sb3", "cleanrl"]] = field(default_factory=list)  # also measure these, in alternation
-    peer_python: str = sys.executable  # the Python that runs them
+    peer_pythons: list[str] = field(default_factory=list)  # the Python that runs each of them, if not this
     cleanrl: str = "cleanrl"  # folder with CleanRL's repository
     rounds: int = 3  # measurements of each
     steps: int = 3_000  # agent steps to measure while learning, after 8,000 without learning
@@ -44,11 +46,11 @@ class Args:
     child: bool = False  # measure SB3 in this process (used internally)
 
 
-def ours(args: Args) -> tuple[float, float]:
+def ours(args: Args, flags: str) -> tuple[float, float]:
     total = STARTS + WARM + args.steps
     with tempfile.TemporaryDirectory() as logdir:
-        flags = f"--env-id ALE/{args.game}-v5 --buffer-size {BUFFER} --learning-starts {STARTS} --eval-episodes 1"
-        flags += f" --total-timesteps {total} --start-e 0.01 --end-e 0.01 --logdir {logdir} {args.flags}"
+        flags += f" --env-id ALE/{args.game}-v5 --buffer-size {BUFFER} --learning-starts {STARTS} --eval-episodes 1"
+        flags += f" --total-timesteps {total} --start-e 0.01 --end-e 0.01 --logdir {logdir}"
         command = [sys.executable, str(ROOT / args.script), *flags.split()]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         events = EventAccumulator(str(next(Path(logdir).iterdir())))
@@ -83,21 +85,21 @@ def sb3_child(args: Args) -> None:
     print(before, args.steps / (times[total] - times[STARTS + WARM]))
 
 
-def sb3(args: Args) -> tuple[float, float]:
+def sb3(args: Args, python: str) -> tuple[float, float]:
     flags = f"--child --game {args.game} --steps {args.steps} --threads {args.threads}"
-    command = [args.peer_python, __file__, *flags.split()]
+    command = [python, __file__, *flags.split()]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     before, learning = done.stdout.split()[-2:]
     return float(before), float(learning)
 
 
-def cleanrl(args: Args) -> tuple[float, float]:
+def cleanrl(args: Args, python: str) -> tuple[float, float]:
     """From the times of its events: the ends of games before learning, a line every 100 steps while learning."""
     total, folder = STARTS + WARM + args.steps, Path(args.cleanrl).resolve()
     start = "import sys, runpy, ale_py; sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     flags = f"--env-id {args.game}NoFrameskip-v4 --buffer-size {BUFFER} --learning-starts {STARTS} --start-e 0.01"
     flags += f" --end-e 0.01 --total-timesteps {total} --target-network-frequency 10000"
-    command = [args.peer_python, "-c", start, str(folder / "cleanrl" / "dqn_atari.py"), *flags.split()]
+    command = [python, "-c", start, str(folder / "cleanrl" / "dqn_atari.py"), *flags.split()]
     env = os.environ | {"PYTHONPATH": str(folder)}
     with tempfile.TemporaryDirectory() as cwd:
         subprocess.run(command, check=True, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -161,16 +163,16 @@ if __name__ == "__main__":
     if args.updates or args.child:
         updates(args) if args.updates else sb3_child(args)
         sys.exit()
-    measured = {f"{args.script} {args.flags}".strip(): (ours, [])}
-    measured |= {peer: (globals()[peer], []) for peer in args.peers}
+    mine = {f"{args.script} {flags.strip()}".strip(): (ours, flags, []) for flags in args.flags.split(";")}
+    pythons = args.peer_pythons or [sys.executable] * len(args.peers)
+    theirs = {peer: (globals()[peer], python, []) for peer, python in zip(args.peers, pythons, strict=True)}
     for number in range(args.rounds):
-        for name, (measure, found) in measured.items():
-            found.append(measure(args))
+        for name, (measure, how, found) in (mine | theirs).items():
+            found.append(measure(args, how))
             print(f"round {number + 1}, {name}: before {found[-1][0]:,.1f}  learning {found[-1][1]:,.1f}", flush=True)
     print(f"\n| {args.game}, {args.threads} threads, median of {args.rounds} | steps/s before | learning |\n|-|-|-|")
-    for name, (_, found) in measured.items():
+    for name, (*_, found) in (mine | theirs).items():
         print(f"| {name} | " + " | ".join(f"{statistics.median(column):,.1f}" for column in zip(*found)) + " |")
-    (_, mine), *others = measured.values()
-    for peer, (_, theirs) in zip(args.peers, others):
-        ratios = [statistics.median(a / b for a, b in zip(*columns)) for columns in zip(zip(*mine), zip(*theirs))]
-        print(f"| ours / {peer}, median over the rounds | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+    for (one, (*_, found)), (other, (*_, others)) in itertools.product(mine.items(), theirs.items()):
+        ratios = [statistics.median(a / b for a, b in zip(*columns)) for columns in zip(zip(*found), zip(*others))]
+        print(f"| {one} / {other}, median over the rounds | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")

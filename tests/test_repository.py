@@ -123,7 +123,7 @@ def test_readme_and_pages_name_only_flags_that_exist():
         "--help",
         "--flags",
         "--peers",
-        "--peer-python",
+        "--peer-pythons",
         "--cleanrl",
         "--updates",
         "--rounds",
