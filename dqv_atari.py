@@ -512,8 +512,9 @@ if __name__ == "__main__":
         import wandb
 
         wandb.init(name=os.path.basename(run_dir), config=vars(args), sync_tensorboard=True, save_code=True)
-    origin = {"pretrained_env_id": source["args"].get("env_id", "unknown")} if source else {}
-    table = "\n".join(f"|{name}|{value}|" for name, value in ({"algorithm": ALGORITHM} | vars(args) | origin).items())
+    origin = {"env_id": "unknown"} | source["args"] | {"algorithm": source.get("algorithm")} if source else {}
+    facts = {"algorithm": ALGORITHM} | vars(args) | {f"pretrained_{name}": value for name, value in origin.items()}
+    table = "\n".join(f"|{name}|{value}|" for name, value in facts.items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", global_step)
 
     # TRY NOT TO MODIFY: the state of the run: load, then go on; a resumed run fills its memory anew, not counted

@@ -135,13 +135,16 @@ class Run:
         steps = self.curves[metric][:, 0]
         if len(steps) < 2:
             return f"it has {len(steps)} points of {metric}, at least 2 are needed"
+        if not np.isfinite(self.curves[metric]).all():
+            return f"not all of {metric} is finite"
         return "" if steps[-1] >= 0.99 * self.total else f"incomplete, {steps[-1]:,.0f} of {self.total:,} steps"
 
 
-# Flags in which runs may differ that are compared: they do not change what is learned, or stand in the fields above
-FREE = """algorithm architecture double dueling env_id exp_name seed pretrained pretrained_env_id pretrained_head
-    keep_head head_fraction freeze_features cuda cudagraphs logdir resume evaluate track capture_video eval_frequency
-    checkpoint_frequency"""
+# Flags in which runs, and the sources that they began from, may differ: they do not change what is learned ...
+FREE = """env_id exp_name seed pretrained pretrained_env_id pretrained_head keep_head head_fraction freeze_features cuda
+    cudagraphs logdir resume evaluate track capture_video eval_frequency checkpoint_frequency""".split()
+# ... or stand in the run's fields
+FREE = {"algorithm", "architecture", "double", "dueling", *FREE, *(f"pretrained_{name}" for name in FREE)}
 LENGTH, FLOAT = struct.Struct("<Q"), struct.Struct("<f")
 RESUMED = Event(session_log=SessionLog(status=SessionLog.START)).SerializeToString()
 
@@ -189,7 +192,7 @@ def read_run(folder: str, tags: list[str]) -> Run:
         mode += ", head kept" if logged["keep_head"] == "True" else ""
         mode += f", {logged['head_fraction']} of the head" if float(flags.get("head_fraction", 0)) else ""
     identity = algorithm, mode, source, game(flags["env_id"]), int(flags["seed"])
-    curves = {tag: np.array(sorted(points[tag])).reshape(-1, 2) for tag in tags}
+    curves = {tag: np.array(sorted(points[tag], key=lambda point: point[0])).reshape(-1, 2) for tag in tags}
     checkpoint = os.path.join(folder, f"{flags['exp_name']}.pt")
     return Run(checkpoint, flags, curves, *identity, int(float(flags.get("total_timesteps", 0))))
 
@@ -205,6 +208,12 @@ def read_runs(logdir: str, tags: list[str]) -> list[Run]:
     return runs
 
 
+def differences(runs: list[Run], of_source: bool = False) -> list[str]:
+    """Names of the flags that matter in which runs, or the sources that they began from, are known to differ."""
+    names = {name for run in runs for name in run.flags if name.startswith("pretrained_") == of_source} - FREE
+    return sorted(name for name in names if len({run.flags.get(name) for run in runs} - {None}) > 1)
+
+
 def finished_runs(args: Args, others: tuple[str, ...] = ()) -> dict[tuple, dict[int, Run]]:
     """{(algorithm, mode, source, target): {seed: newest complete run}}, in order, with the curves of `others` too."""
     complete, groups, arms = [], defaultdict(list), defaultdict(dict)
@@ -213,14 +222,13 @@ def finished_runs(args: Args, others: tuple[str, ...] = ()) -> dict[tuple, dict[
             print(f"skipped {os.path.dirname(run.checkpoint)!a}: {reason}", file=sys.stderr)
         else:
             complete.append(run)
-            groups[run.algorithm, run.target].append(run)
+            groups["algorithm", run.algorithm, run.target].append(run)
+            groups["mode", run.algorithm, run.mode, run.source, run.target].append(run)
     if not complete:
         sys.exit(f"--logdir {args.logdir}: no complete run with {args.metric} in it")
-    for runs in groups.values():  # where runs of an algorithm on a game differ in further flags, its name has these
-        for name in sorted(set().union(*(run.flags for run in runs)) - set(FREE.split())):
-            if len({run.flags.get(name) for run in runs}) > 1:
-                for run in runs:
-                    run.algorithm += f", {name} {run.flags.get(name)}"
+    for (field, *_), runs in groups.items():  # where runs or their sources differ in further flags, they are named
+        for name, run in product(differences(runs, of_source=field == "mode"), runs):
+            setattr(run, field, f"{getattr(run, field)}, {name} {run.flags.get(name)}")
     for run in sorted(complete, key=lambda run: run.seed):
         arm = arms[run.algorithm, run.mode, run.source, run.target]
         if run.seed in arm:
@@ -269,6 +277,9 @@ def compare(scratch: dict[int, Run], transfer: dict[int, Run], metric: str) -> d
     cell |= {"n": len(seeds), "published": PUBLISHED.get(row, np.nan), "note": ""} | dict.fromkeys(names, np.nan)
     if not seeds:
         return cell | {"note": f"no run from scratch on {first.target} with the same flags and seed"}
+    alone = ", ".join(str(seed) for seed in transfer if seed not in scratch)
+    shared = any(run.flags.get("pretrained_seed", run.flags["seed"]) != run.flags["seed"] for run in transfer.values())
+    cell["note"] += f"No run from scratch with seed {alone}. " * bool(alone) + "Sources have other seeds. " * shared
     grid, curves = on_grid([runs[seed] for runs in (scratch, transfer) for seed in seeds], metric)
     if len(grid) < 2:
         return cell | {"note": "the runs have no steps in common"}
@@ -277,7 +288,7 @@ def compare(scratch: dict[int, Run], transfer: dict[int, Run], metric: str) -> d
     if old.mean() > 0.01 * abs(new.mean()):
         cell |= zip(names, relative_change(new, old))
     else:  # returns below 0, or a game hardly ever won
-        cell["note"] = f"R is undefined, scratch has {old.mean():.4g} on average beside {new.mean():.4g} with transfer"
+        cell["note"] += f"R is undefined, scratch has {old.mean():.4g} on average beside {new.mean():.4g} with transfer"
     reference = REFERENCE.get(first.target, -np.inf) if metric.endswith("episodic_return") else -np.inf
     if reference > old.mean():  # FT of curves scaled to random play 0 and the reference 1; random play cancels out
         change, low, high = relative_change(reference - new, reference - old)
@@ -389,7 +400,7 @@ def plan(args: Args) -> None:
         same = [run for run in runs if (run.mode, run.source, run.target, run.seed) == identity]
         return [run for run in same if all(number(run.flags.get(k, v)) == number(v) for k, v in wanted.items())]
 
-    commands, missing = [], []
+    commands, missing, taken = [], [], []
     origins = [""] if args.stage == "source" else games.values()
     for env_id, seed, (mode, needs), origin in product(args.targets or games, args.seeds, STAGES[args.stage], origins):
         if origin and (origin == games[env_id]) != (args.stage in ("self-transfer", "hybrid")):
@@ -398,17 +409,27 @@ def plan(args: Args) -> None:
         mine = find(args.args, mode, origin, games[env_id], seed)
         for flag, needed in needs.items():
             starts = find(args.source_args or args.args, needed, "" if needed == "scratch" else origin, origin, seed)
-            starts = [run.checkpoint for run in starts if not run.lacks(args.metric)]
+            starts = [run for run in starts if not run.lacks(args.metric)]
+            taken += [] if args.source_args else starts[-1:]
             missing += [] if starts else [f"{origin}, {needed}, seed {seed}"]
-            command += [f"--{flag.replace('_', '-')}", *starts[-1:]]
-            folders = [path.split("/")[-2] for path in starts]  # who began from another network is another experiment
+            command += [f"--{flag.replace('_', '-')}", *(run.checkpoint for run in starts[-1:])]
+            folders = [
+                run.checkpoint.split("/")[-2] for run in starts
+            ]  # who began from another network is another experiment
             mine = [run for run in mine if any(folder in run.flags[flag] for folder in folders)]
+        complete = [run for run in mine if not run.lacks(args.metric)]
+        taken += complete[-1:]
         if not mine:
             commands.append(command + ["--freeze-features"] * (mode == "only-head") + shlex.split(args.args))
-        elif all(run.lacks(args.metric) for run in mine):
+        elif not complete:
             commands.append(["python", args.script, "--resume", mine[-1].checkpoint])
     if missing:
         sys.exit(f"--logdir {args.logdir} lacks complete runs: {'; '.join(dict.fromkeys(missing))}")
+    if names := differences(taken):
+        sys.exit(
+            f"--logdir {args.logdir}: runs that fit differ in {', '.join(names)}: give it in --args or --source-args"
+        )
+    print(f"{len({run.checkpoint for run in taken})} complete runs are taken as they are", file=sys.stderr)
     print("".join(f"{shlex.join(command)}\n" for command in commands), end="")
 
 

@@ -211,6 +211,21 @@ def test_runs_with_flags_that_matter_are_other_experiments(tmp_path):
     assert found["DDQN, learning_rate 0.2"] == pytest.approx(0.2) and np.isnan(found["DDQN, learning_rate 0.3"])
 
 
+def test_sources_that_differ_are_other_experiments(tmp_path):
+    for seed, terminal, gain in product((1, 2), (True, False), (1.2, 0.8)):
+        level = 0.5 * (gain if terminal else 1)
+        write(tmp_path, GAME, [0, 100], [0.5, 0.5], seed=seed)
+        facts = {f"pretrained_{name}": value for name, value in dict(terminal=terminal, seed=1, cuda=gain > 1).items()}
+        write(tmp_path, GAME, [0, 100], [level] * 2, seed=seed, **pretrained(OTHER), **facts)
+    found = {cell["mode"]: cell for cell in rows_of(tmp_path)}
+    assert found["fine-tuning, pretrained_terminal True"]["R"] == pytest.approx(-0.2)  # the newest
+    assert found["fine-tuning, pretrained_terminal False"]["R"] == pytest.approx(0, abs=1e-6)
+    assert all(cell["n"] == 2 and cell["note"] == "Sources have other seeds. " for cell in found.values())
+    write(tmp_path, GAME, [0, 100], [0.5, np.nan], seed=1)
+    done = run("transfer_matrix.py", "table", "--logdir", tmp_path, cwd=ROOT)
+    assert "not all of eval/episodic_return is finite" in done.stderr and "nan" not in done.stdout
+
+
 def test_algorithms_and_modes_come_from_the_hyper_parameters(tmp_path):
     for i, (flags, algorithm, mode) in enumerate([
         ({"double": False}, "DQN", "fine-tuning"), ({}, "DDQN", "fine-tuning"),
@@ -339,6 +354,9 @@ def test_a_plan_tells_other_flags_apart(tmp_path):
     assert count("--args=--no-double --learning-rate=0.001 --total-timesteps 1e2") == 0
     assert count("--args=--no-double --learning-rate 0.002") == 1
     assert count("--args=--no-double --exp-name other") == 1
+    made(tmp_path / "runs", GAME, [0, 100], [1, 1], double=False, learning_rate=1e-2, seed=2)
+    refused = planned(tmp_path, "source", "--args=--no-double", script="ddqn_atari.py", games=[GAME], check=False)
+    assert refused.returncode == 1 and "runs that fit differ in learning_rate: give it in --args" in refused.stderr
     assert count(script="dqv_atari.py") == 1 and count("--args=--architecture hard", script="dqv_atari.py") == 0
     refused = planned(tmp_path, "source", "--targets", OTHER, games=[GAME], check=False)
     assert refused.returncode == 1 and OTHER in refused.stderr
@@ -364,14 +382,14 @@ def test_a_transfer_run_belongs_to_sources_that_the_plan_would_take(tmp_path):
     def plan(rate):
         flags = ["--targets", OTHER, "--args=--total-timesteps 300", f"--source-args=--learning-rate {rate}"]
         done = planned(tmp_path, "transfer", *flags, script="ddqn_atari.py", seeds=[1], check=False)
-        return done.stdout.splitlines() or done.stderr
+        return done.stdout.splitlines() if done.returncode == 0 else done.stderr
 
     assert "lacks complete runs: Catch-v0, scratch, seed 1" in plan(1)
     start = f"--pretrained runs/{again.name}/ddqn_atari.pt --total-timesteps 300"
     assert plan(0.001) == [f"python ddqn_atari.py --env-id {OTHER} --seed 1 --logdir runs {start}"]
     path = f"elsewhere/{former.name}/ddqn_atari.pt"  # as logged before the study's folder was moved
     made(tmp_path / "runs", OTHER, [0, 300], [1, 1], pretrained=path, pretrained_env_id=GAME)
-    assert plan(0.001) == ""  # both are sources of this plan
+    assert plan(0.001) == []  # both are sources of this plan
     (former / "ddqn_atari.pt").unlink()
     assert start in plan(0.001)[0]
 

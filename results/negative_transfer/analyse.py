@@ -88,7 +88,7 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 
 def analyse() -> None:
     curves = read_curves()
-    ends, cells, points, gains, origins = [], [], [], defaultdict(list), defaultdict(list)
+    ends, cells, points, gains = [], [], [], defaultdict(list)
     pattern = defaultdict(lambda: defaultdict(list))  # {(arm, kind): {seed: [(R, late difference)]}}
     for arm, (title, scratch_arm, source_arm) in ARMS.items():
         scratch = defaultdict(list)
@@ -113,8 +113,8 @@ def analyse() -> None:
                 kind = "between games" if source != target else f"to itself, {mode}"
                 pattern[arm, kind][seed].append((pairs[-1][0] / pairs[-1][1] - 1, pairs[-1][2]))
                 points.append((arm, late(origin, "dead_units"), late(origin, "feature_rank"), pairs[-1][2]))
-                origins[arm].append([area(curve) / area(old) - 1, *points[-1][1:3]])
-                gains[arm].append([area(curve) / area(old) - 1, *(late(curve, n) - late(old, n) for n in COLUMNS[2:])])
+                more = [late(curve, name) - late(old, name) for name in COLUMNS[2:]]
+                gains[arm, kind.split(",")[0]].append([pattern[arm, kind][seed][-1][0], *points[-1][1:3], *more])
             if pairs:
                 new, old, difference = np.array(pairs).T
                 ratio, low, high = relative_change(new, old)
@@ -140,16 +140,17 @@ def analyse() -> None:
                             for key in (arm, "correct"))  # fmt: skip
             rows.append([ARMS[arm][0], kind, str(len(both)), *(interval(column) for column in (mine - theirs).T)])
     print_table(["terminals", "transfer", "seeds", "R", "late difference"], rows)
-    print("Rank correlation of R with what the network has more than that from scratch in the end:\n")
-    rows = [(arm, np.array(rows).T) for arm, rows in gains.items() if len(rows) > 9]
-    rows = [[ARMS[arm][0], str(len(r)), *(f"{rank_correlation(r, g):+.2f}" for g in more)] for arm, (r, *more) in rows]
-    print_table(["terminals", "runs", *(name.replace("_", " ") for name in COLUMNS[2:])], rows)
-    print("Rank correlation of R with the source's:\n")
-    rows = [(ARMS[arm][0], np.array(rows).T) for arm, rows in origins.items() if len(rows) > 19]
+    print(
+        "Rank correlation of R with the source's dead units and feature rank, and with what the network has in the end"
+    )
+    print("more than that from scratch, within a kind of transfer (between kinds all of them differ):\n")
+    rows = [(arm, kind, np.array(rows).T) for (arm, kind), rows in gains.items() if len(rows) > 9]
     rows = [
-        [title, str(len(r)), *(f"{rank_correlation(r, value):+.2f}" for value in both)] for title, (r, *both) in rows
+        [ARMS[arm][0], kind, str(len(ratios)), *(f"{rank_correlation(ratios, other):+.2f}" for other in others)]
+        for arm, kind, (ratios, *others) in rows
     ]
-    print_table(["terminals", "runs", "dead units", "feature rank"], rows)
+    names = ["source's dead units", "source's feature rank", *(name.replace("_", " ") for name in COLUMNS[2:])]
+    print_table(["terminals", "transfer", "runs", *names], rows)
     print("Each cell:\n")
     print_table(["terminals", "from", "to", "mode", "seeds", "R", "late difference"], cells)
 
@@ -161,7 +162,7 @@ def analyse() -> None:
             chosen = np.array([point[0] == arm for point in points])
             if chosen.any():
                 panel.scatter(x[chosen], y[chosen], s=14, alpha=0.7, label=title)
-        panel.set(xlabel=label, title=f"rank correlation {rank_correlation(x, y):+.2f}, n = {len(x)} runs")
+        panel.set(xlabel=label)
         panel.axhline(0, color="black", linewidth=0.5)
     panels[0].set_ylabel("late return, transfer minus scratch")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
