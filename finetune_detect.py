@@ -45,7 +45,7 @@ from torchvision import datasets, models, tv_tensors
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, IntermediateLayerGetter
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_convert, box_iou, clip_boxes_to_image, nms
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_area, box_convert, box_iou, clip_boxes_to_image, nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes
@@ -105,13 +105,14 @@ class Args:
 FAMILIES = ("fasterrcnn", "fastrcnn", "retinanet", "fcos")  # that stand on any --backbone
 TORCHVISION = [name for name in models.list_models(module=detection) if "mask" not in name and "keypoint" not in name]
 ARCHITECTURES = (*FAMILIES, "yolov3", *TORCHVISION)
-# Learning rates of SGD for an image: by torchvision for batches of 16, 16, 16 and 32, by Darknet for 64
-PER_IMAGE = {"fast": 0.00125, "retinanet": 0.000625, "fcos": 0.000625, "ssd": 0.0000625, "yolov3": 0.000015625}
+# Learning rates of SGD for an image: by torchvision for batches of 16, 16, 16, 192 and 32, by Darknet for 64
+PER_IMAGE = {"fast": 0.00125, "retinanet": 0.000625, "fcos": 0.000625, "ssdlite": 0.00078, "ssd": 0.0000625}
+PER_IMAGE["yolov3"] = 0.000015625
 # All detectors are compared at one cut-off; their own reach from 0.001 (SSDlite) to 0.2 (FCOS), 100 to 300 boxes
 LOWEST_SCORE, MOST_BOXES = 0.05, 100
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 SPLITS = ("train", "val", "test")
-HEAD = re.compile(r"box_predictor|cls_logits|head\.classification_head\.module_list|outputs\.")  # is always new
+HEAD = re.compile(r"box_predictor|classification_head\.(cls_logits|module_list)|outputs\.")  # is always new
 
 
 def fail(message: str) -> NoReturn:
@@ -136,13 +137,15 @@ def write_file(path: str, write) -> None:
 
 # Data -----------------------------------------------------------------------------------------------------------------
 # Inside there is COCO's format only: a box is x, y, width, height in continuous pixels, the first being 0, 0, 1, 1; its
-# `category` is by name. An image has also its `split`. Boxes with `iscrowd` are not learned, expected or wrong.
+# `category` is by name. An image has also its `split`. Boxes with `iscrowd` (VOC: difficult) are not learned or expected,
+# and what finds them is not wrong; COCO's metric also forgives what is inside of them.
 def read_voc(paths: list[str]) -> dict:
     """COCO's dict from XML files, whose pixels count from 1 and where both ends belong to the box."""
     data = {"images": [], "annotations": []}
     for path in paths:
         root = ElementTree.parse(path).getroot()
-        data["images"].append({"id": path, "file_name": root.findtext("filename")})
+        size = {side: int(root.findtext(f"size/{side}") or 0) for side in ("width", "height")}
+        data["images"].append({"id": path, "file_name": root.findtext("filename")} | size)
         for entry in root.iter("object"):
             x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
             box = {"image_id": path, "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]}
@@ -189,7 +192,7 @@ def find_annotations(args: Args) -> tuple[str, dict[str, tuple[dict, str]]]:
         paths = sorted(glob.glob("**", root_dir=folder, recursive=True))
         images = [{"id": path, "file_name": path} for path in paths if path.lower().endswith(IMAGES)]
         return folder, {"test": ({"images": images, "annotations": []}, "")}
-    if args.dataset:
+    if args.dataset and not any(files.values()):
         try:
             for split in files:
                 voc = datasets.VOCDetection(folder, "2007", split, download=args.download).annotations
@@ -199,9 +202,9 @@ def find_annotations(args: Args) -> tuple[str, dict[str, tuple[dict, str]]]:
         return os.path.join(folder, "VOCdevkit", "VOC2007", "JPEGImages"), found
     for split, name in (("train", "train"), ("val", "valid"), ("test", "test")):  # as Roboflow exports
         exported = os.path.join(folder, name, "_annotations.coco.json")
-        path = files[split] or (exported if os.path.isfile(exported) else None)
+        path = files[split] or (exported if os.path.isfile(exported) and not any(files.values()) else None)
         if path:
-            beside = os.path.relpath(os.path.dirname(os.path.abspath(path)), folder)
+            beside = os.path.relpath(path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path)), folder)
             found[split] = read_annotations(path, args.label_column), beside
     if not found:
         fail(f"--data-dir {folder} has no train/_annotations.coco.json, and there are no --annotations")
@@ -212,29 +215,38 @@ def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
     """The folder of the images, and all of them with the boxes of `classes` (none: the most frequent) from 1 on."""
     coco, wrong, splits, seen = {"images": [], "annotations": []}, [], {}, set()
     folder, sources = find_annotations(args)
+    subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
     for split, (data, beside) in sources.items():
         boxes = defaultdict(list)
         for box in data["annotations"]:
-            boxes[box["image_id"]].append(box)
+            boxes[box.get("image_id")].append(box)
         for image in data["images"]:
             name, i = image["file_name"], len(coco["images"])
-            places = os.path.normpath(os.path.join(beside, name)), name  # in the annotations' or the images' folder
+            # in the annotations' or the images' folder, or else in one below, as COCO's train2017
+            places = os.path.normpath(os.path.join(beside, name)), name, *(os.path.join(s, name) for s in subfolders)
             path = next((path for path in places if os.path.isfile(os.path.join(folder, path))), None)
             if not path or path in seen:
                 wrong.append(f"{name}: there is no such image in {folder}, or it is annotated twice")
                 continue
             seen.add(path)
-            coco["images"].append({"id": i, "file_name": path, "split": split})
+            size = image.get("width"), image.get("height")
+            coco["images"].append({"id": i, "file_name": path, "split": split, "size": size})
             for box in boxes[image["id"]]:
-                if not box["category"] or not min(box["bbox"][2:]) > 1:
-                    wrong.append(f"{name}: {box['category'] or 'unknown class'}, x, y, width and height {box['bbox']}")
+                if not box["category"] or not min((box.get("bbox") or [0])[2:], default=0) > 1:
+                    wrong.append(f"{name}: {box['category'] or 'unknown class'}, box {box.get('bbox')} (x, y, w, h)")
                     continue
                 box |= {"image_id": i, "iscrowd": box.get("iscrowd", 0), "area": math.prod(box["bbox"][2:])}
                 coco["annotations"].append(box | ({"category": "object"} if args.single_class else {}))
-    print(*wrong[:20], f"{len(wrong):,} records with an error are left out", sep="\n")
+    if wrong:
+        print(*wrong[:20], f"{len(wrong):,} records with an error are left out", sep="\n")
     if args.split_file:
-        with open(args.split_file, newline="", encoding="utf-8") as file:
-            splits = {row["path"]: row["split"] for row in csv.DictReader(file)}
+        try:
+            with open(args.split_file, newline="", encoding="utf-8") as file:
+                splits = {row["path"]: row["split"] for row in csv.DictReader(file)}
+        except (OSError, LookupError) as error:
+            fail(f"--split-file {args.split_file}: {error!r}")
+        if args.resume and (gone := splits.keys() - seen):
+            fail(f"{folder} lacks {len(gone):,} of the run's images, as {min(gone)}")
     elif list(sources) == ["train"]:  # 50/25/25 by image, as MINERVA
         order = np.random.default_rng(args.seed).permutation(len(coco["images"]))
         splits = {coco["images"][i]["file_name"]: ("train", "val", "train", "test")[n % 4] for n, i in enumerate(order)}
@@ -248,7 +260,7 @@ def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
     kept, index = [box for box in coco["annotations"] if box["category"] in classes], COCO()
     others = {box["image_id"] for box in coco["annotations"]} - {box["image_id"] for box in kept}
     numbered = [box | {"id": i, "category_id": 1 + classes.index(box["category"])} for i, box in enumerate(kept, 1)]
-    index.dataset = {"images": [image for image in coco["images"] if image["id"] not in others]}
+    index.dataset = {"info": {}, "images": [image for image in coco["images"] if image["id"] not in others]}
     index.dataset |= {"annotations": numbered, "categories": [{"id": i, "name": n} for i, n in enumerate(classes, 1)]}
     with contextlib.redirect_stdout(io.StringIO()):
         index.createIndex()
@@ -269,6 +281,8 @@ class Pictures(Dataset):
         if args.arch == "fastrcnn":
             with open(args.proposals, encoding="utf-8") as file:
                 self.proposals = json.load(file)
+            if not any(image["file_name"] in self.proposals for image in coco.imgs.values()):
+                fail(f"--proposals {args.proposals}: no key is the path of an image in {folder}")
         ssd = [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=127), v2.RandomIoUCrop()]
         ssd = [*ssd, v2.SanitizeBoundingBoxes()] if args.augmentation == "ssd" else []
         self.augment = v2.Compose([*ssd, v2.RandomHorizontalFlip(0.5)])
@@ -278,10 +292,15 @@ class Pictures(Dataset):
         target = {"boxes": corners(boxes)}  # float `(n, 4)` in pixels; `labels` are int64 `(n,)` from 1 on
         try:
             with Image.open(os.path.join(self.folder, name)) as file:
-                image = tv_tensors.Image(v2.functional.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB")))
+                if file.mode[0] in "IF":
+                    raise ValueError(f"mode {file.mode}, while 8 bits a channel are expected")
+                turned = ImageOps.exif_transpose(file)
+                annotated = file if file.size == self.coco.imgs[i]["size"] != turned.size else turned
+                image = tv_tensors.Image(v2.functional.pil_to_tensor(annotated.convert("RGB")))
             inside = clip_boxes_to_image(target["boxes"], image.shape[1:])
-            if (inside - target["boxes"]).abs().gt(1).any():  # a pixel is a matter of counting
+            if (box_area(inside) < 0.9 * box_area(target["boxes"])).any():  # less is a matter of drawing
                 raise ValueError(f"a box is outside of its {image.shape[2]} x {image.shape[1]} pixels")
+            target["boxes"] = inside
         except Exception as error:  # noqa: BLE001 (Pillow's plugins raise whatever their formats make them)
             return None, f"{type(error).__name__}: {error}", i
         if self.proposals is not None:  # and the whole image
@@ -291,7 +310,7 @@ class Pictures(Dataset):
         target["labels"] = torch.tensor([box["category_id"] for box in boxes], dtype=torch.int64)
         if self.epoch is not None:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed((self.seed * 1_000_003 + self.epoch) * 1_000_003 + i)
+                torch.manual_seed(((self.seed * 1_000_003 + self.epoch) * 1_000_003 + i) % 2**63)
                 image, target = self.augment(image, target)
         return torch.as_tensor(image), {key: torch.as_tensor(value) for key, value in target.items()}, i
 
@@ -504,17 +523,17 @@ def load_darknet(model: YOLOv3, path: str) -> list[str]:
         return [t for conv, bn, _ in blocks for t in (bn.bias, bn.weight, bn.running_mean, bn.running_var, conv.weight)]
 
     values = torch.from_numpy(np.fromfile(path, dtype="<f4")[5:])  # after version and number of images seen (parser.c)
-    order, parts, same = tensors(model.backbone), ["backbone."], model.outputs[0].out_channels == 255
+    order, parts = tensors(model.backbone), ("backbone.",)
     if len(values) > sum(tensor.numel() for tensor in order):
-        parts += ["necks.", "outputs."] if same else ["necks."]
+        parts = "backbone.", "necks."
         for neck, output in zip(reversed(model.necks), reversed(model.outputs)):
-            output = output if same else nn.Conv2d(output.in_channels, 255, 1)  # of COCO's classes, and forgotten
-            order += [*tensors(neck), output.bias, output.weight]
+            coco = nn.Conv2d(output.in_channels, 255, 1)  # of COCO's classes, and forgotten
+            order += [*tensors(neck), coco.bias, coco.weight]
     if len(values) != sum(tensor.numel() for tensor in order):
         fail(f"{path} has another length than Darknet's darknet53.conv.74 or yolov3.weights")
     for tensor, value in zip(order, values.split([tensor.numel() for tensor in order])):
         tensor.copy_(value.view_as(tensor))
-    return [name for name in model.state_dict() if name.startswith(tuple(parts))]
+    return [name for name in model.state_dict() if name.startswith(parts)]
 
 
 # The detectors --------------------------------------------------------------------------------------------------------
@@ -533,6 +552,8 @@ def make_detector(args: Args, num_classes: int) -> nn.Module:
     """A detector with random weights for `num_classes` classes, the background (0) included."""
     size, arch, channels, x, layers = args.image_size, args.arch, (256, 512, 1024), torch.zeros(1, 3, 64, 64), {}
     scale = {"min_size": size, "max_size": round(size * 1333 / 800)} if size else {}
+    if size and (arch.startswith("ssd") or arch == "yolov3" and size % 32):
+        fail(f"--image-size {size}: yolov3 takes multiples of 32, SSD and SSDlite only their own sizes")
     if args.backbone:
         net = models.get_model(args.backbone, weights=None).eval()
         net = net.features if isinstance(getattr(net, "features", None), nn.Sequential) else net
@@ -545,7 +566,7 @@ def make_detector(args: Args, num_classes: int) -> nn.Module:
         channels = [layers[stride][1] for stride in STRIDES]
         layers = {layers[stride][0]: str(i) for i, stride in enumerate(STRIDES)}
     if arch in FAMILIES:
-        coarser = LastLevelMaxPool() if arch.startswith("fast") else LastLevelP6P7(256, 256)
+        coarser = LastLevelMaxPool() if arch == "fastrcnn" else LastLevelP6P7(256, 256)
         pyramid = BackboneWithFPN(net, layers, channels, 256, coarser)
     if arch in TORCHVISION:
         model = models.get_model(arch, weights=None, weights_backbone=None, num_classes=num_classes, **scale)
@@ -567,7 +588,7 @@ def make_detector(args: Args, num_classes: int) -> nn.Module:
         # 128 regions an image and 256 hidden units, where torchvision has 512 and 1,024: a third of the time on a CPU
         model = detection.FasterRCNN(
             pyramid, box_batch_size_per_image=128, box_head=detection.faster_rcnn.TwoMLPHead(256 * 7 * 7, 256),
-            rpn_anchor_generator=AnchorGenerator(((32,), (64,), (128,), (256,)), ((0.5, 1.0, 2.0),) * 4),
+            rpn_anchor_generator=AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5),
             box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], output_size=7, sampling_ratio=2),
             box_predictor=detection.faster_rcnn.FastRCNNPredictor(256, num_classes), **scale,
         )  # fmt: skip
@@ -595,16 +616,18 @@ def read_checkpoint(path: str) -> dict:
         path = next((os.path.join(path, name) for name in os.listdir(path) if name.endswith(".pt")), path)
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-        return {"model": data} | (data if "model" in data else {}) | {"path": path}
+        return {"model": data} | (data if "model" in data else {}) | {"path": os.path.abspath(path)}
     except Exception as error:  # noqa: BLE001 (torch's own text advises to run whatever code the file has)
         fail(f"{path} cannot be loaded: {str(error).splitlines()[0].split('. ')[0]}")
 
 
 def load_weights(args: Args, model: nn.Module) -> list[str]:
     """Copy what --weights or --pretrained names into all but the head; names of the copied tensors."""
-    source = args.pretrained or args.weights or "nothing"
+    source = args.pretrained or args.weights
     if source == "none":
         return []
+    if not source:
+        fail("--arch yolov3 needs --weights: Darknet's darknet53.conv.74 or yolov3.weights, or `none`")
     if args.arch == "yolov3" and os.path.isfile(source) and not source.endswith((".pth", ".pt")):
         return load_darknet(model, source)
     if args.pretrained or os.path.isfile(source):
@@ -614,7 +637,10 @@ def load_weights(args: Args, model: nn.Module) -> list[str]:
         entries = {} if bare else models.get_model_weights(args.backbone or args.arch).__members__
         if source not in entries:
             fail(f"--weights: {source} is neither a file nor one of {', '.join([*entries, 'none'])}")
-        state = entries[source].get_state_dict(progress=False, check_hash=True)
+        try:
+            state = entries[source].get_state_dict(progress=False, check_hash=True)
+        except OSError as error:
+            fail(f"--weights {source} cannot be downloaded: {error}")
     state = {name.removeprefix("trunk."): value for name, value in state.items()}  # of finetune_classify.py
     if not any(name.startswith(("backbone.", "head.")) for name in state):
         state = {f"backbone.body.{name.removeprefix('features.')}": value for name, value in state.items()
@@ -676,6 +702,8 @@ def paper_ap(coco: COCO, results: list[dict], ids: list[int], category: int, iou
     for i in ids:
         objects, taken = [box for box in coco.imgToAnns[i] if box["category_id"] == category], set()
         total += sum(not box["iscrowd"] for box in objects)
+        if not boxes[i]:
+            continue
         found, values = corners(boxes[i]), torch.tensor([result["score"] for result in boxes[i]])
         kept = nms(found, values, 0.45)
         # a box is of the object that it overlaps most, and right if it does so by `iou` and as the first one
@@ -722,15 +750,18 @@ def describe(metrics: dict[str, float]) -> str:
 
 def draw_detections(data: Pictures, results: list[dict], ids: list[int], threshold: float, folder: str) -> None:
     """Write the images `ids` with their boxes of `threshold` and more, and these boxes' classes and scores, as PNGs."""
+    by_image = defaultdict(list)
+    for box in results:
+        by_image[box["image_id"]] += [box] if box["score"] >= threshold else []
     for i in ids:
-        image, found = data[i][0], [box for box in results if box["image_id"] == i and box["score"] >= threshold]
+        image, found = data[i][0], by_image[i]
         words = [f"{box['category']} {box['score']:.2f}" for box in found]
         if found:
             colors = [f"hsl({47 * box['category_id'] % 360}, 100%, 70%)" for box in found]  # torchvision's has black
             image = draw_bounding_boxes(image, corners(found), words, colors, width=max(image.shape) // 300 + 1,
                                         font=findfont("DejaVu Sans"), font_size=max(image.shape) // 60 + 8,
                                         fill_labels=True)  # fmt: skip
-        path = os.path.join(folder, os.path.splitext(data.coco.imgs[i]["file_name"])[0] + ".png")
+        path = os.path.join(folder, f"{i}_{os.path.splitext(os.path.basename(data.coco.imgs[i]['file_name']))[0]}.png")
         write_file(path, lambda file: v2.functional.to_pil_image(image).save(file, "PNG"))  # noqa: B023
 
 
@@ -756,12 +787,15 @@ if __name__ == "__main__":
         own = set(vars(args)) - {"exp_name", "logdir", "resume", "evaluate", "predict"}
         saved = {name: value for name, value in checkpoint["args"].items() if name in own}
         args = tyro.cli(Args, default=Args(**saved))
-        same = all(saved[name] == getattr(args, name) for name in ("data_dir", "dataset", "annotations"))
+        annotations = ("annotations", "val_annotations", "test_annotations")
+        others = [getattr(args, name) for name in annotations if getattr(args, name) != saved[name]]
+        moved = others or any(getattr(args, name) != saved[name] for name in ("data_dir", "dataset"))
         if args.split_file == saved["split_file"]:
             own_split = os.path.join(os.path.dirname(checkpoint["path"]), "split.csv")
-            args.split_file = own_split if same and not args.predict and os.path.isfile(own_split) else None
-        if args.evaluate and args.annotations != saved["annotations"]:
-            args.annotations, args.val_annotations, args.test_annotations = None, None, args.annotations
+            kept = own_split if args.resume or os.path.isfile(own_split) else saved["split_file"]
+            args.split_file = None if args.predict or args.evaluate and moved else kept
+        if args.evaluate and others:
+            args.annotations, args.val_annotations, args.test_annotations = None, None, others[0]
     for name, value in vars(args).items():
         least = int(name in ("epochs", "batch_size", "image_size"))
         if type(value) in (int, float) and not least <= value < 2**31:
@@ -770,6 +804,10 @@ if __name__ == "__main__":
         fail(f"--arch {args.arch}: there are {', '.join(ARCHITECTURES)}")
     if args.arch == "fastrcnn" and (not os.path.isfile(args.proposals or "") or args.augmentation == "ssd"):
         fail("--arch fastrcnn needs a file of --proposals, which --augmentation ssd would not crop")
+    if args.backbone and args.arch in TORCHVISION:
+        fail(f"--backbone is for --arch yolov3, {', '.join(FAMILIES)}; {args.arch} has its own")
+    if args.predict and not args.evaluate:
+        fail("--predict needs a trained detector: --evaluate RUN")
     if args.strategy != "fine-tune" and args.unfreeze_from or args.strategy == "scratch" and args.pretrained:
         fail("--unfreeze-from is for --strategy fine-tune, and --pretrained for all but scratch")
     args.backbone = args.backbone or ("resnet50" if args.arch in FAMILIES else None)
@@ -806,7 +844,9 @@ if __name__ == "__main__":
     loaded = checkpoint["loaded"] if checkpoint else load_weights(args, model)
     model = model.to(device, memory_format=torch.channels_last)
     if args.evaluate:
-        split, base = "test" if ids["test"] else "val", os.path.dirname(os.path.abspath(checkpoint["path"]))
+        split, base = "test" if ids["test"] else "val", os.path.dirname(checkpoint["path"])
+        if not ids[split]:
+            fail("there are no images to test on")
         results, seen = detect(args, model, data, ids[split], device)
         if args.predict:
             draw_detections(data, results, seen, args.predict_threshold, os.path.join(base, "pictures"))
@@ -815,8 +855,8 @@ if __name__ == "__main__":
         else:
             print(f"{checkpoint['path']} on {len(seen):,} {split} images: {describe(measure(coco, results, seen))}")
         sys.exit()
-    if not ids["train"] or not ids["val"] or not classes:
-        fail("there are no images for training, or none for validation, or no boxes")
+    if not ids["train"] or not any(coco.imgToAnns[i] for i in ids["val"]):
+        fail("there are no images for training, or no boxes in those for validation")
     in_evaluation = freeze(model, loaded, args)
     if args.amp and device.type == "cuda":
         autocast_backbone(model, device.type)
@@ -829,7 +869,7 @@ if __name__ == "__main__":
     print(f"{args.arch}, {args.strategy}: {count:,} of {total:,} parameters are trained, {frozen}, on {device}")
 
     # TRY NOT TO MODIFY: the run's folder and logs
-    name = os.path.basename(os.path.normpath(args.dataset or args.annotations or args.data_dir)).removesuffix(".json")
+    name = os.path.basename(os.path.normpath(args.dataset or args.annotations or folder)).removesuffix(".json")
     run_dir = os.path.join(args.logdir, f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}")
     path = os.path.join(run_dir, f"{args.exp_name}.pt")
     if args.resume:
@@ -880,7 +920,7 @@ if __name__ == "__main__":
                 warmed = (epoch * updates + step) / max(min(args.warmup_iterations, updates), 1)
                 for group in optimizer.param_groups:
                     group["lr"] = args.learning_rate * min(1.0, warmed) * 0.1**drops
-                if images:
+                if len(images) > args.arch.startswith("ssdlite"):  # whose last normalisation sees one pixel an image
                     losses = model(images, targets)
                     losses["loss"] = torch.stack(list(losses.values())).sum()
                     optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """Agent steps per second of a script before and while learning, and of other libraries' DQN, in alternation.
 
     python tests/benchmark_rl.py --flags="--no-double --optimizer adam" --peers sb3 cleanrl
-    python tests/benchmark_rl.py --flags="--no-double; --no-double --bf16"      two of ours in turns
+    python tests/benchmark_rl.py --flags="--no-double, --no-double --bf16"      two of ours in turns
     python tests/benchmark_rl.py --updates                            milliseconds per update of all the scripts instead
 
 The rates are the script's own `charts/SPS`. The peers are Stable-Baselines3 and CleanRL's dqn_atari.py, of which
@@ -34,7 +34,7 @@ BUFFER, STARTS, WARM = 20_000, 8_000, 1_000  # WARM: steps until the rates of a 
 class Args:
     script: str = "ddqn_atari.py"  # script to measure
     game: str = "Pong"  # the game's name as in ALE/<Game>-v5
-    flags: str = ""  # further flags of the script, in one string; with ; between them, several scripts in turns
+    flags: str = ""  # further flags of the script, in one string; with commas, several sets in turns
     peers: list[Literal["sb3", "cleanrl"]] = field(default_factory=list)  # also measure these, in alternation
     peer_pythons: list[str] = field(default_factory=list)  # the Python that runs each of them, if not this
     cleanrl: str = "cleanrl"  # folder with CleanRL's repository
@@ -163,7 +163,7 @@ if __name__ == "__main__":
     if args.updates or args.child:
         updates(args) if args.updates else sb3_child(args)
         sys.exit()
-    mine = {f"{args.script} {flags.strip()}".strip(): (ours, flags, []) for flags in args.flags.split(";")}
+    mine = {f"{args.script} {flags.strip()}".strip(): (ours, flags, []) for flags in args.flags.split(",")}
     pythons = args.peer_pythons or [sys.executable] * len(args.peers)
     theirs = {peer: (globals()[peer], python, []) for peer, python in zip(args.peers, pythons, strict=True)}
     for number in range(args.rounds):

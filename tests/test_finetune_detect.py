@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,7 +135,7 @@ def test_records_with_an_error_are_left_out_and_named(tmp_path, capsys):
     found, _ = load(tmp_path, annotations=train, val_annotations=val)
     assert found == {"a.png": ("train", boxes[:1], names[:1], [0]), "negative.png": ("train", [], [], [])}
     out = capsys.readouterr().out
-    for line in ("a.png: disc, x, y, width and height [5, 5, 0.5, 15]", "a.png: unknown class", "4 records",
+    for line in ("a.png: disc, box [5, 5, 0.5, 15]", "a.png: unknown class", "4 records",
                  f"b.png: there is no such image in {tmp_path}",
                  f"a.png: there is no such image in {tmp_path}, or it is annotated twice"):  # fmt: skip
         assert line in out
@@ -160,6 +161,14 @@ def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path, monkeypat
     assert len(lines) == 3 == len(data.unreadable)
     for words in ("turned.jpg cannot be used, ValueError: a box is outside of its 40 x 60", "DecompressionBombError"):
         assert sum(words in line for line in lines) == 1, lines
+    Image.fromarray(np.full((40, 60), 300, np.uint16)).save(tmp_path / "deep.png")
+    known = {"good.jpg": (60, 40), "turned.jpg": (60, 40), "deep.png": (None, None)}
+    images = [{"id": i, "file_name": name, "size": size} for i, (name, size) in enumerate(known.items())]
+    data.coco.imgs = dict(enumerate(images))  # boxes that go a little beyond, and those of a picture before its turn
+    data.coco.imgToAnns = {i: [{"bbox": [1, -1, 58, 39], "iscrowd": 0, "category_id": 1}] for i in range(3)}
+    (one, target, _), (turned, again, _), (_, reason, _) = (data[i] for i in range(3))
+    assert one.shape == turned.shape == (3, 40, 60) and reason.startswith("ValueError: mode I;16")
+    assert target["boxes"].tolist() == again["boxes"].tolist() == [[1, 0, 59, 38]]
 
 
 def test_a_coco_folder_and_voc_2007_are_found_by_themselves(tmp_path, monkeypatch):
@@ -180,6 +189,18 @@ def test_a_coco_folder_and_voc_2007_are_found_by_themselves(tmp_path, monkeypatc
     assert found == {path: (split, box, ["disc"], [0]) for split, path in places.items()}
     found, _ = load(tmp_path / "voc", dataset="voc2007")
     assert found == {f"{split}.jpg": (split, box, ["cat"], [0]) for split in fd.SPLITS}
+    (tmp_path / "coco").mkdir()
+    for split, name in (("train", "train2017"), ("val", "val2017")):
+        os.rename(tmp_path / name.removesuffix("2017").replace("val", "valid"), tmp_path / "coco" / name)
+        os.rename(tmp_path / "coco" / name / "0.jpg", tmp_path / "coco" / name / f"{split}.jpg")
+        write_coco(tmp_path / f"{split}.json", [(f"{split}.jpg", box, ["disc"])])
+    files = {"annotations": str(tmp_path / "train.json"), "val_annotations": str(tmp_path / "val.json")}
+    found, _ = load(tmp_path / "coco", **files)
+    places = {"train": "train2017/train.jpg", "val": "val2017/val.jpg"}
+    assert found == {path: (split, box, ["disc"], [0]) for split, path in places.items()}
+    write_voc(tmp_path / "coco/train2017/a.xml", "train.jpg", [(box[0], "cat")])
+    found, _ = load(tmp_path, annotations=str(tmp_path / "coco/train2017"))
+    assert found == {"coco/train2017/train.jpg": ("train", box, ["cat"], [0])}
     with pytest.raises(SystemExit, match="--dataset voc2007: Dataset not found"):
         load(tmp_path / "elsewhere", dataset="voc2007")
 
@@ -492,7 +513,7 @@ def test_a_run_learns_and_leaves_what_it_should(trained, shapes):
     assert Image.open(folder / "curves.png").size[0] > 500
     for split in ("val", "test"):
         pictures = sorted((folder / "detections" / split).iterdir())
-        originals = [np.asarray(Image.open(shapes / "images" / path.name)) for path in pictures]
+        originals = [np.asarray(Image.open(shapes / "images" / path.name.split("_", 1)[1])) for path in pictures]
         drawn = [(np.asarray(Image.open(path)) != one).any() for path, one in zip(pictures, originals)]
         assert len(drawn) == 8 and sum(drawn) >= 4  # one has no object
     # the first line of progress, after an update of eight in the first of four epochs, has the time left of all
@@ -500,6 +521,34 @@ def test_a_run_learns_and_leaves_what_it_should(trained, shapes):
     hours, minutes, seconds = map(int, words[-1].split(":"))
     assert hours * 3600 + minutes * 60 + seconds >= (float(words[words.index("s/update") - 1]) - 0.006) * 31 - 1
     assert "momentum 0.1" in out and not list(folder.glob("*.tmp"))
+
+
+def test_drawing_leaves_the_user_s_pictures_alone(tmp_path):
+    """Annotations may name them by their absolute paths, and `a.jpg` may stand beside `a.png`."""
+    for name in ("a.png", "a.jpg"):
+        Image.new("RGB", (60, 40)).save(tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    pictures = [(str(path), [[1, 1, 50, 30]], ["disc"]) for path in before]
+    (tmp_path / "out").mkdir()
+    args = fd.Args(data_dir=str(tmp_path), annotations=write_coco(tmp_path / "out/a.json", pictures))
+    data = fd.Pictures(*fd.load_data(args, []), args)
+    results = [
+        {"image_id": i, "bbox": [1, 1, 9, 9], "score": 0.9, "category": "disc", "category_id": 1} for i in (0, 1)
+    ]
+    fd.draw_detections(data, results, [0, 1], 0.3, str(tmp_path / "out"))
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert sorted(path.name[1:] for path in (tmp_path / "out").glob("*.png")) == ["_a.png"] * 2
+
+
+def test_the_region_proposals_objectness_is_no_head_and_anchors_reach_512_pixels():
+    args = fd.Args(arch="fasterrcnn", backbone="resnet18")
+    model = fd.make_detector(args, 3)
+    heads = [name for name in model.state_dict() if fd.HEAD.search(name)]
+    assert heads == [f"roi_heads.box_predictor.{name}" for name in
+                     ("cls_score.weight", "cls_score.bias", "bbox_pred.weight", "bbox_pred.bias")]  # fmt: skip
+    assert model.rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
+    losses = model([torch.rand(3, 64, 64)], [{"boxes": torch.tensor([[1.0, 1, 60, 60]]), "labels": torch.tensor([1])}])
+    assert all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_evaluate_and_predict(trained, shapes, tmp_path):
@@ -511,6 +560,8 @@ def test_evaluate_and_predict(trained, shapes, tmp_path):
     out = run("finetune_detect.py", *other, cwd=tmp_path).stdout
     best = max(logged["val/AP@0.5"], key=lambda point: point[1])[0]  # the first epoch of the best
     assert f"on 8 test images: AP {dict(logged['val/AP'])[best]:.4f}" in out
+    other[2] = "--test-annotations"
+    assert out == run("finetune_detect.py", *other, cwd=tmp_path).stdout
     (tmp_path / "new").mkdir()
     image, boxes, names = canvas(np.random.default_rng(5), 2)
     image.save(tmp_path / "new/one.png")
@@ -523,7 +574,7 @@ def test_evaluate_and_predict(trained, shapes, tmp_path):
     best = max(results, key=lambda row: row["score"])
     overlaps = fd.box_iou(fd.corners([best]), torch.tensor(boxes, dtype=torch.float32))[0]
     assert overlaps.max() > 0.5 and best["category"] == names[int(overlaps.argmax())]
-    assert (np.asarray(Image.open(folder / "pictures/one.png")) != np.asarray(image)).any()
+    assert (np.asarray(Image.open(folder / "pictures/1_one.png")) != np.asarray(image)).any()
 
 
 def test_evaluation_of_a_run_without_test_images_is_of_its_validation_images(shapes, tmp_path):
@@ -599,6 +650,9 @@ def test_one_file_is_split_and_a_chain_gets_another_head(shapes, tmp_path):
     for name, more in (("same", []), ("other", ["--single-class", "--seed", 2, "--split-file", source / "split.csv"])):
         out = run("finetune_detect.py", *one, "--pretrained", source, "--logdir", name, *more, cwd=tmp_path).stdout
     assert "1 classes: object" in out
+    shutil.copytree(shapes / "images", tmp_path / "moved")
+    more = ["--data-dir", tmp_path / "moved", "--epochs", 2]
+    run("finetune_detect.py", "--resume", only_run(tmp_path / "other"), *more, cwd=tmp_path)
     assert (only_run(tmp_path / "other") / "split.csv").read_text() == (source / "split.csv").read_text()
     first, chained = (
         torch.load(folder / "finetune_detect.pt")["last"] for folder in (source, only_run(tmp_path / "same"))
@@ -630,7 +684,11 @@ def test_a_checkpoint_writes_nothing_outside_of_its_folder(trained, shapes, tmp_
         ("{data} {train} --arch yolov5", "--arch yolov5: there are fasterrcnn, fastrcnn"),
         ("{data} {train} --arch fcos --backbone resnet19", "--backbone resnet19: torchvision has no such"),
         ("{data} {train} --arch fcos --backbone vit_b_16", "--backbone vit_b_16: no maps at strides 8"),
-        ("{data} {train} --arch yolov3", "neither a file nor one of none"),
+        ("{data} {train} --arch yolov3", "--arch yolov3 needs --weights: Darknet's"),
+        ("{data} {train} --arch yolov3 --weights none --image-size 100", "yolov3 takes multiples of 32"),
+        ("{data} {train} --arch ssd300_vgg16 --backbone resnet18", "ssd300_vgg16 has its own"),
+        ("{data} {train} --predict images", "--predict needs a trained detector"),
+        ("{data} {train} --split-file no.csv", "--split-file no.csv: FileNotFoundError"),
         ("{data} {train} --arch yolov3 --weights empty.json", "empty.json has another length than Darknet's"),
         ("{data} {train} --arch fcos --weights x.pth", "x.pth is neither a file nor one of IMAGENET1K_V1"),
         ("{data} {train} --arch fastrcnn", "--arch fastrcnn needs a file of --proposals"),
