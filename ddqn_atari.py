@@ -108,6 +108,11 @@ BOUNDS = {
 }  # fmt: skip
 
 
+# Flags of a run that --resume cannot change: the optimizers' state or the count of updates would not fit
+FIXED = ["env_id", "optimizer", "v_optimizer", "learning_starts", "train_frequency", "pretrained", "pretrained_head"]
+FIXED += ["keep_head", "head_fraction", "freeze_features"]
+
+
 def fail(message: str) -> NoReturn:
     sys.exit(f"{os.path.basename(__file__)}: error: {message}")
 
@@ -125,8 +130,8 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
                 gym.spec(args.env_id).kwargs["game"], num_envs, autoreset_mode=AutoresetMode.NEXT_STEP, frameskip=4,
                 max_num_frames_per_episode=108_000, repeat_action_probability=args.repeat_action_probability,
                 full_action_space=args.full_action_space, noop_max=30, use_fire_reset=True, episodic_life=False,
-                life_loss_info=False, reward_clipping=False, img_height=84, img_width=84, grayscale=True, stack_num=4,
-                maxpool=args.maxpool, num_threads=max(1, min(num_envs, (os.cpu_count() or 1) - 2)),
+                life_loss_info=False, reward_clipping=False, stack_num=4, maxpool=args.maxpool,
+                num_threads=max(1, min(num_envs, (os.cpu_count() or 1) - 2)),
             )  # fmt: skip
         envs = gym.make_vec(args.env_id, num_envs=num_envs)
     except (gym.error.Error, ImportError, ValueError) as error:
@@ -296,9 +301,10 @@ def evaluate(args: Args, envs, q_network: nn.Module, look: Callable, seed: int, 
     """Play one full game in each of `envs` and return the scalars to log, means over games or over visited states.
 
     `look` takes stacks and returns the greedy actions and named values, all `(N,)`. `discounted_return` is what really
-    followed, with rewards clipped and cut where training cuts. `dead_units` is the share of hidden units and channels
-    of the last convolution that never fire (Sokar et al., 2023), `feature_norm` and `feature_rank` are of the hidden
-    layer: mean L2 norm, and singular values that make up 99 % of their sum (srank of Kumar et al., 2021).
+    followed, with rewards clipped and cut where training cuts and where a game ends. `dead_units` is the share of
+    hidden units and channels of the last convolution that never fire (Sokar et al., 2023), `feature_norm` and
+    `feature_rank` are of the hidden layer: mean L2 norm, and singular values that make up 99 % of their sum (srank of
+    Kumar et al., 2021).
     """
     rng, device, layers = np.random.default_rng(seed), next(q_network.parameters()).device, {}
     hooks = [q_network.network[i].register_forward_hook(lambda *io, i=i: layers.update({i: io[2]})) for i in (5, 8)]
@@ -311,14 +317,14 @@ def evaluate(args: Args, envs, q_network: nn.Module, look: Callable, seed: int, 
         channels, hidden = layers[5][visited].float(), layers[8][visited].float()
         highest = torch.cat((channels.amax(dim=(0, 2, 3)), hidden.amax(dim=0))).clamp(min=highest)
         norms, gram = norms + hidden.norm(dim=1).sum(), gram + hidden.double().T @ hidden.double()
-        if gif and playing[0]:
+        if gif and playing[0] and len(pictures) < 5_000:  # Pillow keeps them all
             pictures.append(Image.fromarray(obs[0, -1].repeat(3, 0).repeat(3, 1)))
         explore = rng.random(envs.num_envs) < args.eval_epsilon
         actions = rng.integers(envs.single_action_space.n, size=envs.num_envs)
         actions[~explore] = greedy.cpu().numpy()[~explore]
         obs, rewards, terminations, truncations, infos = envs.step(actions)
         over, life_lost = terminations | truncations, infos.get("lives", lives) < lives
-        lives, cuts = infos.get("lives", lives), over | life_lost & args.life_loss_terminal
+        lives, cuts = infos.get("lives", lives), over | life_lost & (args.life_loss_terminal and args.terminal)
         steps.append((playing, np.clip(rewards, -1, 1), cuts, *(value.cpu().numpy() for value in values.values())))
         returns = returns + rewards * playing
         if "caught" in infos:
@@ -349,7 +355,7 @@ def load_checkpoint(path: str | None) -> dict:
         return {}
     files = [path] if os.path.isfile(path) else sorted(Path(path).glob("*.pt"))
     if len(files) != 1:
-        fail(f"{path}: one checkpoint is needed there, not {len(files)}")
+        fail(f"{path}: {len(files)} checkpoints (*.pt) are there, one is needed")
     try:
         data = torch.load(files[0], map_location="cpu", weights_only=True)
         data = {"q_network": data} if all(torch.is_tensor(value) for value in data.values()) else data
@@ -368,6 +374,8 @@ def copy_tensors(network: nn.Module, checkpoint: dict, key: str, names: list[str
     """Copy tensors `names` of network `key` of the `checkpoint`, or add a `fraction` of them, and say so."""
     source, state = checkpoint.get(key, checkpoint["q_network"]), network.state_dict()
     try:
+        if set(names) & set(head_names(network)) and (streams := source.keys() - state):
+            raise KeyError(min(streams))  # the head of a dueling network is no head without its other stream
         new = {name: source[name].to(state[name]) for name in names}
         new = {name: state[name] + fraction * tensor for name, tensor in new.items()} if fraction else new
         network.load_state_dict(state | new)
@@ -423,6 +431,11 @@ if __name__ == "__main__":
         fail(f"{path} plays {args.env_id}, which imports a module: say --env-id {args.env_id} if you trust it")
     if args.resume and (checkpoint.get("algorithm") != ALGORITHM or "optimizer" not in checkpoint):
         fail(f"{path} is no run of {ALGORITHM} to resume; --pretrained takes its layers into a new run")
+    for name in FIXED if args.resume else ():
+        if name in saved and getattr(args, name) != saved[name]:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {path} goes on with {saved[name]}")
+    if args.resume and checkpoint["global_step"] >= args.total_timesteps:
+        fail(f"{path} has made its {args.total_timesteps:,} steps; with more --total-timesteps it goes on")
     for name, value in vars(args).items():
         low, high = BOUNDS.get(name, (1, 10**18))
         if type(value) in (int, float) and not low <= value <= high:
@@ -492,11 +505,11 @@ if __name__ == "__main__":
         run_dir += "-2"  # two runs that start in the same second
     checkpoint_path, global_step = path or f"{run_dir}/{args.exp_name}.pt", checkpoint.get("global_step", 0)
     rb = Replay(args.buffer_size, args.num_envs, device)
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if path else None)
     if args.track:
         import wandb
 
         wandb.init(name=os.path.basename(run_dir), config=vars(args), sync_tensorboard=True, save_code=True)
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if path else None)
     origin = {"env_id": "unknown"} | source["args"] | {"algorithm": source.get("algorithm")} if source else {}
     facts = {"algorithm": ALGORITHM} | vars(args) | {f"pretrained_{name}": value for name, value in origin.items()}
     table = "\n".join(f"|{name}|{value}|" for name, value in facts.items())
@@ -547,11 +560,14 @@ if __name__ == "__main__":
 
     # TRY NOT TO MODIFY: start the game
     obs, infos = envs.reset(seed=seed_for(0, global_step))
+    if obs[:, :3].any():
+        fail(f"--env-id {args.env_id}: a stack must begin with black frames, as the memory rebuilds it")
     playing, zeros, on_the_ale = np.ones(args.num_envs, bool), np.zeros(args.num_envs), isinstance(envs, AtariVectorEnv)
-    rb.stage(zeros, zeros, zeros, obs, restarted=playing, playing=playing)
+    rb.stage(zeros, zeros, zeros, obs, restarted=playing, playing=playing)  # all begin
     returns, lengths, recent, lives = zeros.copy(), zeros.copy(), deque(maxlen=20), infos.get("lives", zeros)
     duration, eval_envs, previous_step = max(1, args.exploration_fraction * args.total_timesteps), None, global_step
-    window_step, window_start = line_step, line_time = global_step, time.perf_counter()
+    window_step = line_step = global_step
+    window_start = line_time = time.perf_counter()
     line_learned = False  # whether all steps since the last progress line were of learning
 
     def reached(every: int) -> bool:
@@ -581,7 +597,7 @@ if __name__ == "__main__":
                 envs.send(actions)
 
             # ALGO LOGIC: training
-            while refill <= 0 and updates < learning_step // args.train_frequency:
+            while refill <= 0 and rb.count and updates < learning_step // args.train_frequency:
                 update()
                 updates += 1
 
@@ -607,6 +623,9 @@ if __name__ == "__main__":
                     recent.append(returns[i])
                 returns[i] = lengths[i] = 0
             now = time.perf_counter()
+            if refill > 0:
+                window_start = now
+                sums.zero_()
             if now - line_time > 10:
                 sps = (global_step - line_step) / (now - line_time)
                 seconds = (args.total_timesteps - global_step) / max(sps, 0.01)
@@ -628,6 +647,7 @@ if __name__ == "__main__":
                 window_start, window_step = now, global_step
 
             # TRY NOT TO MODIFY: evaluations, from seeds of their own: they do not change the training; checkpoints
+            now = time.perf_counter()
             if reached(args.eval_frequency) or finished:
                 eval_envs = eval_envs or make_envs(args, args.eval_episodes)
                 gif = os.path.join(run_dir, f"eval_{global_step}.gif") if args.capture_video else None
@@ -642,6 +662,7 @@ if __name__ == "__main__":
     except (KeyboardInterrupt, BrokenPipeError):
         for number in stops:  # often come in pairs, to the process and to its group
             signal.signal(number, signal.SIG_IGN)
+        global_step = previous_step  # the last step is made again, with its evaluation
         save()
         sys.stdout = sys.stderr
         print(f"stopped at step {global_step:,}; python {os.path.basename(__file__)} --resume {run_dir} goes on")

@@ -137,8 +137,8 @@ def write_file(path: str, write) -> None:
 
 # Data -----------------------------------------------------------------------------------------------------------------
 # Inside there is COCO's format only: a box is x, y, width, height in continuous pixels, the first being 0, 0, 1, 1; its
-# `category` is by name. An image has also its `split`. Boxes with `iscrowd` (VOC: difficult) are not learned or expected,
-# and what finds them is not wrong; COCO's metric also forgives what is inside of them.
+# `category` is by name. An image has also its `split`. Boxes with `iscrowd` (VOC: difficult) are not learned, and are
+# neither expected nor wrong; COCO's metric also forgives what is inside of them.
 def read_voc(paths: list[str]) -> dict:
     """COCO's dict from XML files, whose pixels count from 1 and where both ends belong to the box."""
     data = {"images": [], "annotations": []}

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -400,7 +401,12 @@ def test_resuming_continues_networks_and_moments_and_leaves_a_finished_run_alone
     path, checkpoint = source(script)
     folder = tmp_path / "run"
     shutil.copytree(path.parent, folder)
-    run(f"{script}.py", "--resume", folder, *TOY[:2], cwd=tmp_path)
+    steps = checkpoint["global_step"] + 1
+    for flags, says in (("", f"has made its {checkpoint['args']['total_timesteps']:,} steps"),
+                        (f"--total-timesteps {steps} --freeze-features", "--freeze-features True: "),
+                        (f"--total-timesteps {steps} --train-frequency 1", "goes on with 8")):  # fmt: skip
+        done = run(f"{script}.py", "--resume", folder, *TOY[:2], *flags.split(), cwd=tmp_path, check=False)
+        assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1
     again = torch.load(folder / path.name)
     flags = ["--resume", folder, *TOY[:2], "--total-timesteps", checkpoint["global_step"] + 1]
     done = run(f"{script}.py", *flags, cwd=tmp_path)  # one more step of the game
@@ -412,6 +418,23 @@ def test_resuming_continues_networks_and_moments_and_leaves_a_finished_run_alone
     moments = [c["optimizer"]["state"][0]["exp_avg_sq"] for c in (checkpoint, again, more)]
     assert torch.equal(*moments[:2]) and moments[0].max() > 0 and torch.allclose(moments[0], moments[2], rtol=1, atol=1)
     assert scalars(folder)["eval/episodic_return"][:3] == scalars(path.parent)["eval/episodic_return"]
+
+
+def test_an_evaluation_that_was_interrupted_is_made_again(tmp_path, toy_flags, monkeypatch):
+    """Also the last one, after which nothing is left to do."""
+    calls, measure = [], torch.linalg.eigvalsh
+
+    def stop(matrix):
+        calls.append(matrix)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", stop)
+    assert run("ddqn_atari.py", *toy_flags, cwd=tmp_path, check=False).returncode == 130
+    run("ddqn_atari.py", "--resume", only_run(tmp_path / "runs"), *toy_flags[:2], cwd=tmp_path)
+    first, second, last = (step for step, _ in scalars(only_run(tmp_path / "runs"))["eval/episodic_return"])
+    assert 500 <= first < 504 and 1000 <= second < 1004 and 1200 <= last < 1204 and len(calls) == 4
 
 
 def test_a_full_disk_and_a_closed_pipe_keep_a_checkpoint(tmp_path, toy_flags, monkeypatch):
@@ -442,9 +465,13 @@ def test_what_is_not_finite_ends_the_run(tmp_path, toy_flags):
 
 
 def test_two_runs_in_the_same_second_have_their_own_folders(tmp_path, monkeypatch):
+    files = []  # that are there when wandb starts: it mirrors those that come after
+    wandb = SimpleNamespace(init=lambda **_: files.extend(tmp_path.rglob("*tfevents*")))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr(time, "time", lambda: 7.0)
-    for _ in range(2):
-        run("ddqn_atari.py", *TOY, cwd=tmp_path)
+    for flags in (["--track"], []):
+        run("ddqn_atari.py", *TOY, *flags, cwd=tmp_path)
+    assert not files
     names = sorted(folder.name for folder in (tmp_path / "runs").iterdir())
     assert names == ["toy_env-Toy-v0__ddqn_atari__1__7", "toy_env-Toy-v0__ddqn_atari__1__7-2"]
 
@@ -655,9 +682,10 @@ def test_cleanrl_s_bare_state_dict_is_accepted(source, tmp_path):
     [
         ("--env-id ALE/Pongg-v5", "ALE/Pongg-v5"),
         ("--env-id CartPole-v1", "uint8 (4, 84, 84)"),
+        ("--env-id toy_env:ToyRepeated-v0", "a stack must begin with black frames"),
         ("--env-id nowhere:Game-v0", "--env-id nowhere:Game-v0: No module named 'nowhere'"),
-        ("--evaluate missing.pt", "missing.pt: one checkpoint is needed there, not 0"),
-        ("--pretrained many", "many: one checkpoint is needed there, not 2"),
+        ("--evaluate missing.pt", "missing.pt: 0 checkpoints (*.pt) are there, one is needed"),
+        ("--pretrained many", "many: 2 checkpoints (*.pt) are there, one is needed"),
         ("--evaluate text", "text/text.pt is not a checkpoint of a Q-network\n"),
         ("--num-envs -1", "--num-envs must be between 0"),
         ("--gamma nan", "--gamma must be between 0 and 1, not nan"),
@@ -704,10 +732,11 @@ def test_foreign_checkpoints_and_heads_are_named_in_one_line(source, tmp_path):
         ({"weights": [1, 2]}, [], "is not a checkpoint of a Q-network"),
         (smaller, [], "another architecture: size mismatch for network.7"),
         (checkpoint["q_network"], ["--keep-head"], "its actions are unknown, those of this game ['LEFT'"),
+        (checkpoint["q_network"] | {"value.0.bias": torch.zeros(1)}, ["--evaluate", "other.pt"], "'value.0.bias'"),
     ):
         torch.save(content, tmp_path / "other.pt")
         flags = [*CATCH.split(), "--pretrained", tmp_path / "other.pt", *flags]
-        done = run("dqv_atari.py", *flags, cwd=tmp_path, check=False)
+        done = run("dqv_atari.py", *flags, "--narrow", 4, cwd=tmp_path, check=False)
         assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 

@@ -213,6 +213,7 @@ PARAMETERS = {
     ("dueling-1st", 1): TRUNK + (32 * 20 * 20 + 1) * 512 + 513 * (ACTIONS + 1),
     ("dueling-2nd", 1): TRUNK + (64 * 9 * 9 + 1) * 512 + 513 * (ACTIONS + 1),
     ("dueling-3rd", 1): TRUNK + (64 * 7 * 7 + 1) * 512 + 513 * (ACTIONS + 1),
+    ("dueling-1st", 3): 2_570 + 3_381 + 3_990 + 175_100 + (10 * 20 * 20 + 1) * 170 + 171 * (ACTIONS + 1),
     ("separate", 4): 2 * (2_056 + 2_064 + 2_320 + 100_480) + 129 * (ACTIONS + 1),  # Tiny-DQV
 }
 SHARED_LAYERS = {"separate": 0, "hard": 4, "dueling-1st": 1, "dueling-2nd": 2, "dueling-3rd": 3}

@@ -1,6 +1,7 @@
 """A game that a Q-network learns in seconds: a bar stands in one of three columns, the action that names it earns 1.
 
-Episodes last 5 steps and end by termination; those of `ToyTruncated-v0` are cut at 7 steps instead.
+Episodes last 5 steps and end by termination; those of `ToyTruncated-v0` are cut at 7 steps instead. The stacks
+of `ToyRepeated-v0` do not begin with black frames.
 """
 
 import gymnasium as gym
@@ -8,10 +9,10 @@ import numpy as np
 
 
 class ToyEnv(gym.Env):
-    def __init__(self, length=5):
+    def __init__(self, length=5, before=0):
         self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
         self.action_space = gym.spaces.Discrete(3)
-        self.length = length
+        self.length, self.before = length, before
 
     def _see(self):
         self.bar = int(self.np_random.integers(3))
@@ -22,7 +23,7 @@ class ToyEnv(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.stack, self.steps = np.zeros((4, 84, 84), np.uint8), 0
+        self.stack, self.steps = np.full((4, 84, 84), self.before, np.uint8), 0
         return self._see(), {}
 
     def step(self, action):
@@ -32,3 +33,4 @@ class ToyEnv(gym.Env):
 
 gym.register("Toy-v0", ToyEnv)
 gym.register("ToyTruncated-v0", ToyEnv, max_episode_steps=7, kwargs={"length": 100})
+gym.register("ToyRepeated-v0", ToyEnv, kwargs={"before": 9})
