@@ -95,6 +95,8 @@ class Args:
 
 
 SPLITS = ("train", "val", "test")
+FOLDERS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}  # of a split
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # that a scheduler gives
 TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion-mnist": datasets.FashionMNIST,
                "mnist": datasets.MNIST}  # fmt: skip
 TICKET = ("mask", "weights", "trained", "meta")
@@ -106,7 +108,7 @@ BOUNDS = {
     "weight_decay": (0, 1),
 }  # fmt: skip
 # What runs of one arm may differ in
-FREE = "seed source_seed cuda amp compile workers logdir track dataset data_dir rounds tickets save_networks report out"
+FREE = "seed source_seed source_run cuda amp compile workers logdir track dataset data_dir rounds tickets save_networks report out"
 pyplot.switch_backend("Agg")
 Image.MAX_IMAGE_PIXELS = 2**27  # Pillow refuses images of twice as many, and warns of smaller ones
 
@@ -158,21 +160,25 @@ def open_image(path: str, side: int) -> torch.Tensor:
         image.draft("RGB", (2 * side, 2 * side))  # JPEGs are decoded at the fraction that suffices
         if side**2 * max(image.size) > 2**28 * min(image.size):
             raise ValueError(f"{image.width} x {image.height} pixels are too long")
+        if image.mode[0] in "IF":
+            raise ValueError(f"mode {image.mode}, while 8 bits a channel are expected")
+        image = ImageOps.exif_transpose(image)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")  # over white, as on paper
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = image.convert("RGB")
     return v2.Compose([v2.Resize(side), v2.CenterCrop(side), v2.PILToTensor()])(image).permute(1, 2, 0)
 
 
 def read_folder(args: Args, folder: str) -> tuple[list[str], dict, list[dict]]:
-    """What load_data returns of a folder per class, or of train/, val/ and test/ with those."""
-    presplit = all(os.path.isdir(os.path.join(folder, split)) for split in SPLITS)
+    """What load_data returns of a folder per class, or of train/ and perhaps val/ and test/ with those."""
+    given = {i: name for name, i in FOLDERS.items() if os.path.isdir(os.path.join(folder, name))}
+    given = given if 0 in given else {0: ""}  # what is not given are tenths of the training images
     try:
-        roots = [datasets.ImageFolder(os.path.join(folder, split)) for split in (SPLITS if presplit else [""])]
+        roots = {i: datasets.ImageFolder(os.path.join(folder, name)) for i, name in given.items()}
     except OSError as error:
         fail(f"--dataset folder:{folder}: {error}")
-    found = [(path, root.classes[label], i) for i, root in enumerate(roots) for path, label in root.samples]
+    found = [(path, root.classes[label], i) for i, root in roots.items() for path, label in root.samples]
     found.sort(key=lambda image: (image[0].count(os.sep), image[0]), reverse=True)
     found = sorted({os.path.realpath(image[0]): image for image in found}.values())  # links may lead there twice
     side, unreadable = round(args.image_size * 8 / 7), {}  # with a margin for crops
@@ -184,7 +190,7 @@ def read_folder(args: Args, folder: str) -> tuple[list[str], dict, list[dict]]:
         except Exception as error:  # Pillow's plugins raise whatever their formats make them
             unreadable[i] = f"{found[i][0]}: {error}"
 
-    with ThreadPoolExecutor(args.workers or os.cpu_count()) as pool:  # Pillow does without the interpreter's lock
+    with ThreadPoolExecutor(args.workers or CORES) as pool:  # Pillow does without the interpreter's lock
         list(pool.map(read, range(len(found))))
     if unreadable:
         print(f"{len(unreadable):,} images cannot be read and are left out:", *unreadable.values(), sep="\n    ")
@@ -193,9 +199,10 @@ def read_folder(args: Args, folder: str) -> tuple[list[str], dict, list[dict]]:
     classes = sorted({name for _, name, _ in found})
     labels = torch.tensor([classes.index(name) for _, name, _ in found])
     split = torch.tensor([i for *_, i in found])
-    if not presplit:
-        rank, _, tenth = rank_in_class(labels, random_stream(args.seed, "split"))
-        split = (rank < 2 * tenth).long() + (rank < tenth).long()
+    train = (split == 0).nonzero()[:, 0]
+    rank, _, tenth = rank_in_class(labels[train], random_stream(args.seed, "split"))
+    for n, i in enumerate(i for i in (2, 1) if i not in given):
+        split[train[(rank >= n * tenth) & (rank < (n + 1) * tenth)]] = i
     members = {name: (split == i).nonzero()[:, 0] for i, name in enumerate(SPLITS)}
     if len(classes) < 2 or any(len(labels[chosen].unique()) < len(classes) for chosen in members.values()):
         fail(f"--dataset folder:{folder}: two classes or more are needed, each with images in train, val and test")
@@ -550,22 +557,25 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 def read_settings(run_dir: str) -> dict:
     try:
         settings = json.loads(Path(run_dir, "hyperparameters.json").read_text())
-        return settings | {name: settings[name] for name in ("target", "arm", "seed", "control", "exp_name")}
+        return settings | {name: settings[name] for name in ("target", "arm", "arch", "seed", "control", "exp_name")}
     except (OSError, ValueError, KeyError) as error:
         fail(f"{run_dir} is not a run of this script: {error!r} in hyperparameters.json")
 
 
-def difference(one: dict, other: dict) -> str:
+def difference(one: dict, other: dict, free: str = FREE) -> str:
     """The flags that change results and are not the same in the settings of two runs."""
-    return ", ".join(sorted(name for name in one if name not in FREE.split() and one[name] != other.get(name)))
+    return ", ".join(sorted(name for name in one if name not in free.split() and one[name] != other.get(name)))
 
 
 def read_runs(folders: list[str]) -> dict[str, dict[str, list[tuple[dict, dict[int, dict]]]]]:
     """{target: {arm: [(settings, {round: row}) of every seed]}}"""
     found = defaultdict(lambda: defaultdict(list))
-    for path in sorted({path.resolve() for folder in folders for path in Path(folder).rglob("results.csv")}):
+    paths = sorted({path.resolve() for folder in folders for path in Path(folder).rglob("results.csv")})
+    several = len({read_settings(path.parent)["arch"] for path in paths}) > 1
+    for path in paths:
         settings = read_settings(path.parent)
         experiment = "" if settings["exp_name"] == Args.exp_name else f" ({settings['exp_name']})"
+        experiment += f" ({settings['arch']})" * several
         group = found[settings["target"]][settings["arm"] + experiment]
         if settings["seed"] in [other["seed"] for other, _ in group]:
             fail(f"{path}: there is another run of the same arm and seed")
@@ -621,7 +631,7 @@ def report(folders: list[str], out: str) -> None:
                 cells.append(f"{shown(at(arm, best, 'test_accuracy'))} ({np.mean(at(arm, best, 'sparsity')):.3f})")
             settings = arms[arm][0][0]
             as_published = settings["control"] in ("none", "dense") and settings["train_fraction"] == 1
-            source = settings.get("source_dataset") or arm.split("-")[0]
+            source = settings.get("source_dataset") or re.split("[ -]", arm)[0]
             lines.append([*cells, published.get(source, "–") if as_published else "–"])
         head = ["best ticket (its sparsity)", "chosen on validation", "highest on test, as published", "published"]
         print_table(head, lines)
@@ -678,6 +688,8 @@ if __name__ == "__main__":
         for path in sorted(map(str, Path(args.tickets).glob("round_*.pt"))) or [args.tickets]:
             source = load_file(path, TICKET)["meta"]
             tickets |= {source["round"]: path} if source["round"] < args.rounds else {}
+        if not tickets:
+            fail(f"--tickets {args.tickets}: --rounds {args.rounds} leaves none of them")
         for name in ("arch", "pruning", "rewind"):
             if getattr(args, name) not in (None, source[name]):
                 fail(f"--{name} {getattr(args, name)}: {args.tickets} has {source[name]}")
@@ -686,6 +698,7 @@ if __name__ == "__main__":
     args.arch, args.pruning, args.rewind = args.arch or "resnet50", args.pruning or "global", args.rewind or "2ep"
     args.epochs = args.epochs or (6 if args.arch in ("conv", "mlp") else 90)
     args.milestones = args.milestones or [round(args.epochs * share / 90) for share in (50, 60, 75)]
+    built_for = source.get("built_for")  # the size of images, on which the first layers depend
     if args.control == "dense":
         tickets, source = {0: None}, {}
 
@@ -712,7 +725,8 @@ if __name__ == "__main__":
 
     # TRY NOT TO MODIFY: the run's folder, which one process at a time may write, and its settings
     target = os.path.basename(os.path.abspath(args.dataset.removeprefix("folder:")))
-    arm = "dense" if args.control == "dense" else f"{source.get('dataset', 'own')}-{args.pruning}"
+    arm = source.get("arm", f"own-{args.pruning}").replace("own", source.get("dataset", "own"), 1)
+    arm = "dense" if args.control == "dense" else arm
     arm += f"-{args.control}" if args.control not in ("none", "dense") else ""
     arm += f"-{args.train_fraction:g}" if args.train_fraction < 1 else ""
     run_name = f"{target}__{args.exp_name}__{args.arch}__{arm}__{args.seed}"
@@ -729,11 +743,15 @@ if __name__ == "__main__":
         left_over.unlink()
     checkpoint, state = os.path.join(run_dir, "last.pt"), {"rows": [], "history": [], "round": None}
     settings = {name: value for name, value in vars(args).items() if name not in ("resume", "download")}
-    settings |= {"target": target, "arm": arm, "classes": classes, "images": sizes}
-    settings |= {f"source_{name}": source[name] for name in ("dataset", "seed") if source}
+    built_for = args.image_size if args.arch == "mlp" or not built_for else built_for
+    settings |= {"target": target, "arm": arm, "classes": classes, "images": sizes, "built_for": built_for}
+    if source:
+        run_of_tickets = os.path.basename(os.path.dirname(os.path.abspath(next(iter(tickets.values())))))
+        settings |= {"source_dataset": source["dataset"], "source_seed": source["seed"], "source_run": run_of_tickets}
     if os.path.isfile(checkpoint):
         state = load_file(checkpoint, tuple(state))
-        if not args.resume and (differing := difference(json.loads(json.dumps(settings)), read_settings(run_dir))):
+        free = FREE.replace("source_seed source_run", "epochs patience milestones" if args.resume else "")
+        if differing := difference(json.loads(json.dumps(settings)), read_settings(run_dir), free):
             fail(f"{run_dir} was made with other flags: {differing}; another --exp-name makes another run")
     text = json.dumps(settings, indent=1)
     save_atomically(f"{run_dir}/hyperparameters.json", lambda path: Path(path).write_text(text))
@@ -747,7 +765,6 @@ if __name__ == "__main__":
     # ALGO LOGIC: the network. A control that begins at random must not begin with the source's own initial weights, and
     # the last layer is the same in all arms.
     generators = (random_stream(args.seed, purpose) for purpose in ("control" if tickets else "source", "head"))
-    built_for = args.image_size if args.arch == "mlp" else source.get("built_for", args.image_size)
     network = make_network(args.arch, len(classes), built_for, *generators, device)
     if args.compile:
         network.compile()
@@ -798,7 +815,7 @@ if __name__ == "__main__":
                 "epochs": done["step"] // per_epoch,
                 "seconds": round(done["seconds"], 1),
             }
-            meta = settings | {"dataset": target, "built_for": built_for} | row
+            meta = settings | {"dataset": target} | row
             meta |= {"mean": moments[0].tolist(), "std": moments[1].tolist()}
             ticket = {"mask": masks, "weights": start, "trained": trained, "meta": meta}
             if not tickets or args.save_networks:

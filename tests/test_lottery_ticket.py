@@ -258,14 +258,19 @@ def test_folders_that_are_split_already_and_odd_images(folder, tmp_path, capsys)
     Image.new("1", (1, 60_000)).save(tmp_path / "thread.png")
     with pytest.raises(ValueError, match="too long"):
         lt.open_image(str(tmp_path / "thread.png"), 224)
+    Image.fromarray(np.full((40, 60), 300, np.uint16)).save(odd / "e_deep.png")
     classes, parts, _ = data_of(tmp_path)
     out = capsys.readouterr().out
-    assert "2 images cannot be read and are left out" in out and "decompression bomb" in out
+    assert "3 images cannot be read and are left out" in out and "decompression bomb" in out and "mode I;16" in out
     assert classes == ["aa", "level", "upright"] and [len(parts[split][1]) for split in lt.SPLITS] == [100, 50, 12]
     found = parts["test"][0][parts["test"][1] == 0].float().permute(0, 3, 1, 2)
     expected = F.interpolate(torch.from_numpy(ramp)[None, None].float(), (18, 18), mode="bilinear", antialias=True)[0]
     assert (found[0] == 255).all(), "transparent is white"
     assert (found[1] - expected.flip(2)).abs().max() <= 3, "turned upright"
+    shutil.rmtree(tmp_path / "test")
+    os.rename(tmp_path / "val", tmp_path / "valid")
+    classes, parts, _ = data_of(tmp_path)  # a tenth of what is to train is for the test
+    assert classes == ["aa", "level", "upright"] and [len(parts[split][1]) for split in lt.SPLITS] == [90, 50, 10]
 
 
 def test_links_do_not_put_a_picture_into_several_splits(folder, tmp_path):
@@ -570,8 +575,9 @@ def test_on_resume_the_command_line_wins_but_other_flags_are_no_way_to_go_on(sou
     rows = rows_of(only_run(tmp_path / "runs"))
     assert rows[:3] == rows_of(source) and int(rows[3]["remaining"]) == round(0.8 * int(rows[2]["remaining"]))
     flags = ["--dataset", f"folder:{folder}", *SMALL, *SHORT, "--rounds", 5, "--learning-rate", 3]
-    done = run(SCRIPT, *flags, cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "made with other flags: learning_rate; another --exp-name" in done.stderr
+    for again in (flags, ["--resume", tmp_path / "runs" / source.name, "--learning-rate", 3]):
+        done = run(SCRIPT, *again, cwd=tmp_path, check=False)
+        assert done.returncode == 1 and "made with other flags: learning_rate; another --exp-name" in done.stderr
     assert rows_of(only_run(tmp_path / "runs")) == rows
 
 
@@ -655,6 +661,18 @@ def test_tickets_that_do_not_fit_or_would_write_elsewhere(source, target, tmp_pa
         done = run(SCRIPT, "--tickets", path, *flags, *more, cwd=tmp_path, check=False)
         assert done.returncode == 1 and says in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
     assert not list(tmp_path.rglob("elsewhere*"))
+    done = run(SCRIPT, "--tickets", source / "round_02.pt", *flags, "--rounds", 2, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "--rounds 2 leaves none of them" in done.stderr
+    run(SCRIPT, "--tickets", source, *flags, "--rounds", 1, cwd=tmp_path)
+    for arm, says in (("own-global", "made with other flags: source_run"), ("own-global-lr-rewinding", "")):
+        other = tmp_path / f"of-another-{arm}"
+        other.mkdir()
+        torch.save(ticket | {"meta": ticket["meta"] | {"arm": arm}}, other / "round_02.pt")
+        done = run(SCRIPT, "--tickets", other, *flags, cwd=tmp_path, check=False)
+        assert done.returncode == bool(says) and says in done.stderr
+    arms = {path.name.split("__")[3] for path in (tmp_path / "runs").iterdir()}
+    name = source.name.split("__")[0]
+    assert arms == {f"{name}-global", f"{name}-global-lr-rewinding"}
 
 
 # ------------------------------------------------------------------------------------------------------------- reports
@@ -668,7 +686,7 @@ def made_up(root, arm, seed, accuracies, **more):
     folder = root / f"Human LBA__lottery_ticket__conv__{arm}__{seed}"
     folder.mkdir(parents=True)
     more = {"target": "Human LBA", "arm": arm, "seed": seed, "exp_name": "lottery_ticket", "control": "none",
-            "train_fraction": 1.0, "epochs": 9} | more  # fmt: skip
+            "arch": "conv", "train_fraction": 1.0, "epochs": 9} | more  # fmt: skip
     (folder / "hyperparameters.json").write_text(json.dumps(more))
     with open(folder / "results.csv", "w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
@@ -701,6 +719,11 @@ def test_report_of_made_up_runs(tmp_path, capsys):
     assert "| cifar10-global-reinit | 50.00 (0.000) | 50.00 (0.000) | – |" in out
     with Image.open(tmp_path / "out/lottery_Human_LBA.png") as image:
         assert image.size == (850, 420) and len(set(image.convert("L").tobytes())) > 50
+    made_up(tmp_path / "larger", "own-global", 1, [(0.9, 0.9)], arch="resnet18")
+    flags = ["--report", tmp_path / "runs", tmp_path / "larger", "--out", tmp_path / "out"]
+    out = run(SCRIPT, *flags, cwd=tmp_path).stdout
+    assert "| own-global (conv) | 77.00" in out and "| own-global (resnet18) | 90.00 (0.000)" in out
+    assert "| dense (conv) | 72.00 ± 25.42 (0.000) | 72.00 ± 25.42 (0.000) | 71.85 ± 1.12 |" in out
     made_up(tmp_path / "other", "own-global", 2, [(0.5, 0.5)])
     done = run(SCRIPT, "--report", tmp_path / "runs", tmp_path / "other", cwd=tmp_path, check=False)
     assert done.returncode == 1 and "another run of the same arm and seed" in done.stderr
