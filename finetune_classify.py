@@ -87,6 +87,7 @@ class Args:
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 SPLITS = ("train", "val", "test")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # that a scheduler gives
 MISSING = -100  # the class of a missing label, as torch's cross entropy has it
 
 
@@ -120,7 +121,7 @@ def read_csv(path: str, columns: list[str]) -> list[dict]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, restval=""))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         fail(f"{path} cannot be read: {error}")
     if not rows or set(columns) - set(rows[0]):
         fail(f"{path}: the columns {columns} are expected, not {list(rows[0]) if rows else 'nothing'}")
@@ -143,9 +144,11 @@ def find_images(folder: str) -> list[str]:
 
 
 def read_folders(folder: str) -> list[dict]:
-    """A folder per class; images in train/, val/ (or valid/) and test/ have their split already."""
-    paths, splits, rows = find_images(folder), {name: name for name in SPLITS} | {"valid": "val"}, []
-    fixed = {"train", "test"} <= {path.split(os.sep)[0] for path in paths}
+    """A folder per class; images in train/ and val/ (valid/, validation/) or test/ have their split already."""
+    paths, splits, rows = find_images(folder), {name: name for name in SPLITS}, []
+    splits |= {"valid": "val", "validation": "val"}
+    top = {path.split(os.sep)[0] for path in paths}
+    fixed = "train" in top and len(top & set(splits)) > 1
     for path in paths:
         split, *names = path.split(os.sep) if fixed else ["", *path.split(os.sep)]
         if len(names) > 1 and (split in splits or not fixed):
@@ -168,7 +171,7 @@ def read_table(args: Args) -> list[dict]:
             labels = {column: "" if label in args.drop_label else label for column, label in labels.items()}
             rows.setdefault(min(paths), {"path": min(paths), "split": ""} | labels)
     print(f"{len(rows):,} of {len(table):,} rows have an image of their own")
-    return list(rows.values())
+    return list(rows.values()) or fail(f"--metadata {args.metadata}: no row has an image in {args.data_dir}")
 
 
 def read_torchvision(args: Args) -> tuple[list[dict], dict[str, Dataset]]:
@@ -193,7 +196,7 @@ def split_data(args: Args, rows: list[dict], trained: dict | None = None) -> tup
     if args.split_file:
         saved = {row["path"]: row["split"] for row in read_csv(args.split_file, ["path", "split"])}
         rows = [row | {"split": saved[row["path"]]} for row in rows if row["path"] in saved]
-    elif not {"train", "val"} <= given:
+    elif not set(SPLITS) <= given:
         rng, groups, new = np.random.default_rng(args.seed), defaultdict(list), sorted({"test", "val"} - given)
         for row in (row for row in rows if row["split"] in ("", "train")):
             groups[row[tasks[0]] if args.stratify else ""].append(row)
@@ -234,7 +237,13 @@ class Pictures(Dataset):
                 image.draft("RGB", (2 * self.least, 2 * self.least))  # a large JPEG at the fraction that suffices
                 if max(image.size) > 50 * min(image.size):  # its resized pixels would fill the memory
                     raise ValueError(f"{image.width:,} x {image.height:,} pixels are too long a strip")
-                return self.transform(ImageOps.exif_transpose(image).convert("RGB")), i, ""
+                if image.mode[0] in "IF":
+                    raise ValueError(f"mode {image.mode}, while 8 bits a channel are expected")
+                image = ImageOps.exif_transpose(image)
+                if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                    image = image.convert("RGBA")  # over white, as on paper
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                return self.transform(image.convert("RGB")), i, ""
         except Exception as error:  # noqa: BLE001 Pillow's plugins raise whatever their formats make them
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), i, f"{type(error).__name__}: {error}"
 
@@ -245,7 +254,7 @@ def load_file(path: str) -> dict:
     if os.path.isdir(path):
         path = os.path.join(path, next((name for name in os.listdir(path) if name.endswith(".pt")), "*.pt"))
     try:
-        return torch.load(path, map_location="cpu", weights_only=True) | {"path": path}
+        return torch.load(path, map_location="cpu", weights_only=True) | {"path": os.path.abspath(path)}
     except Exception as error:  # noqa: BLE001 torch's own message advises to trust the file
         fail(f"{path} cannot be loaded: {'there is none' if isinstance(error, OSError) else 'no file of tensors'}")
 
@@ -256,8 +265,11 @@ def make_trunk(args: Args, random: bool) -> tuple[nn.Module, int, dict]:
         import timm  # pip install timm
 
         name, theirs = args.arch.removeprefix("timm:"), not random and not os.path.isfile(args.weights)
+        if theirs and args.weights != Args.weights:
+            fail(f"--weights {args.weights}: there is no such file")
         trunk = timm.create_model("legacy_xception" if name == "xception" else name, pretrained=theirs, num_classes=0)
-        config, features = timm.data.resolve_model_data_config(trunk), trunk.num_features
+        config = timm.data.resolve_model_data_config(trunk)
+        features = getattr(trunk, "head_hidden_size", None) or trunk.num_features
         size = args.image_size or config["input_size"][-1]
         preprocessing = {"size": size, "resize": round(size / config["crop_pct"]), "mean": list(config["mean"])}
         preprocessing |= {"std": list(config["std"]), "interpolation": config["interpolation"]}
@@ -275,7 +287,7 @@ def make_trunk(args: Args, random: bool) -> tuple[nn.Module, int, dict]:
         preprocessing["interpolation"] = preset.interpolation.value
         extra = {"image_size": size} if args.arch.startswith("vit") else {}
         if args.arch in ("inception_v3", "googlenet"):
-            extra = {"transform_input": False, "init_weights": random, "aux_logits": False}
+            extra = {"init_weights": random, "aux_logits": False}
             if not random:  # trained on images scaled as TensorFlow scales them
                 preprocessing |= {"mean": [0.5] * 3, "std": [0.5] * 3}
         trunk = models.get_model(args.arch, weights=None, **extra)
@@ -292,8 +304,16 @@ def make_trunk(args: Args, random: bool) -> tuple[nn.Module, int, dict]:
             state = load_file(args.weights)
             state = state.get("model", state.get("state_dict", state))
         else:  # torchvision downloads it once
-            state = entries[args.weights].get_state_dict(progress=False, check_hash=True)
-        wrong = [k for k, v in trunk.state_dict().items() if getattr(state.get(k), "shape", None) != v.shape]
+            try:
+                state = entries[args.weights].get_state_dict(progress=False, check_hash=True)
+            except OSError as error:
+                fail(f"--weights {args.weights} cannot be downloaded: {error}")
+        # published files have the names of DenseNet's first version, and older ones no counts of batches
+        state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name): v for name, v in state.items()}
+        if args.arch.startswith("vit") and "encoder.pos_embedding" in state:
+            state = models.vision_transformer.interpolate_embeddings(trunk.image_size, trunk.patch_size, state)
+        needed = {name: v.shape for name, v in trunk.state_dict().items() if not name.endswith("num_batches_tracked")}
+        wrong = [name for name, shape in needed.items() if getattr(state.get(name), "shape", None) != shape]
         if wrong:
             fail(f"--weights {args.weights} is of another architecture: {len(wrong):,} tensors, as {wrong[0]}")
         trunk.load_state_dict(state, strict=False)
@@ -316,15 +336,15 @@ class Classifier(nn.Module):
         modules = dict(self.trunk.named_modules())
         if until and until not in modules:
             fail(f"--unfreeze-from {until}: no such layers, but {', '.join(dict(self.trunk.named_children()))}")
-        for module in list(modules.values())[: list(modules).index(until) if until else None]:
-            self.frozen += [] if list(module.children()) else [module]
+        for name, module in list(modules.items())[: list(modules).index(until) if until else None]:
+            self.frozen += [] if until and f"{until}.".startswith(f"{name}.".lstrip(".")) else [module]
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
 
     def train(self, mode: bool = True):
         super().train(mode)
         for module in self.frozen:  # or their batch normalisation would go on counting
-            module.eval()
+            module.training = False
         return self
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -537,6 +557,9 @@ if __name__ == "__main__":
         if args.split_file == saved["split_file"]:
             args.split_file = os.path.join(beside, "split.csv") if args.resume or not moved else None
         over = checkpoint["epoch"] >= args.epochs or checkpoint["stale"] >= args.patience
+        for name in ("strategy", "unfreeze_from", "optimizer") if args.resume else ():
+            if getattr(args, name) != saved[name]:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {path} goes on with {saved[name]}")
         if args.resume and checkpoint["finished"] and over:
             fail(f"{path} is of a run that has ended; more --epochs or --patience would go on")
     for name, value in vars(args).items():
@@ -558,7 +581,7 @@ if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     on_cuda, frozen = device.type == "cuda", args.strategy == "off-the-shelf"
-    workers = (os.cpu_count() if on_cuda else min(os.cpu_count(), 4)) if args.workers is None else args.workers
+    workers = (CORES if on_cuda else min(CORES, 4)) if args.workers is None else args.workers
 
     # Data
     source, classes = folder, checkpoint.get("classes")
@@ -602,13 +625,13 @@ if __name__ == "__main__":
     def batches(order: torch.Tensor, title: str = "", total: int = 0):
         """Inputs (images, or features of a frozen network) and indices, on the device, of the images `order`."""
         begun, shown, done = time.perf_counter(), time.perf_counter(), 0
-        # a generator of its own: the number of workers changes no other random draw
-        loader = DataLoader(
-            pictures, args.batch_size, sampler=order.tolist(), num_workers=min(workers, len(order)), pin_memory=on_cuda,
-            generator=torch.Generator(),
-        )  # fmt: skip
         if table is not None:
             loader = ((table[chosen], chosen, ()) for chosen in order.to(device).split(args.batch_size))
+        else:  # with a generator of its own: the number of workers changes no other random draw
+            loader = DataLoader(
+                pictures, args.batch_size, sampler=order.tolist(), num_workers=min(workers, len(order)),
+                pin_memory=on_cuda, generator=torch.Generator(),
+            )  # fmt: skip
         for inputs, chosen, errors in loader:
             if stops:
                 raise KeyboardInterrupt
@@ -682,9 +705,7 @@ if __name__ == "__main__":
     state = {"epoch": 0, "best": np.inf, "stale": 0, "history": [], "finished": False, "model": model.state_dict()}
     if args.resume:
         state = {name: checkpoint[name] for name in state}
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
     state |= {"args": vars(args), "classes": classes, "preprocessing": model.preprocessing} | copied()
     writer = SummaryWriter(run_dir, purge_step=state["epoch"] + 1 if args.resume else None)
     lines = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())

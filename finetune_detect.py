@@ -112,6 +112,7 @@ PER_IMAGE["yolov3"] = 0.000015625
 LOWEST_SCORE, MOST_BOXES = 0.05, 100
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 SPLITS = ("train", "val", "test")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # that a scheduler gives
 HEAD = re.compile(r"box_predictor|classification_head\.(cls_logits|module_list)|outputs\.")  # is always new
 
 
@@ -821,7 +822,7 @@ if __name__ == "__main__":
         args.learning_rate = 1e-4 if args.optimizer == "adam" else PER_IMAGE[family] * args.batch_size
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     if args.workers is None:
-        args.workers = os.cpu_count() if device.type == "cuda" else min(os.cpu_count(), 4)
+        args.workers = CORES if device.type == "cuda" else min(CORES, 4)
     torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("high")
     # the new layers of a chain must not be those that its source, often of the same seed, began with

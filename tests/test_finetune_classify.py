@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import resource
 import shutil
 import signal
@@ -50,10 +51,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """A ResNet-18 with random weights, in the file format of torchvision's."""
+    """A ResNet-18 with random weights, in the format of torchvision's older files, which count no batches."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
-    torch.save(models.resnet18(weights=None).state_dict(), path)
+    state = models.resnet18(weights=None).state_dict()
+    torch.save({name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}, path)
     return path
 
 
@@ -97,6 +99,14 @@ def test_folders_of_splits(folder, tmp_path):
     rows, _ = fc.split_data(fc.Args(), fc.read_folders(str(tmp_path)))
     assert [[row["split"] for row in rows].count(split) for split in fc.SPLITS] == [54, 6, 10]
     assert all(row["path"].startswith("test") == (row["split"] == "test") for row in rows)
+    (tmp_path / "elsewhere").rename(tmp_path / "validation")
+    shutil.rmtree(tmp_path / "test/square")
+    (tmp_path / "test/disc").rename(tmp_path / "test/unlabelled.d")
+    for path in (tmp_path / "test/unlabelled.d").iterdir():
+        path.rename(tmp_path / "test" / path.name)
+    rows, classes = fc.split_data(fc.Args(), fc.read_folders(str(tmp_path)))  # images for the test have no classes
+    assert classes == {"class": ["disc", "square"]}
+    assert [[row["split"] for row in rows].count(split) for split in fc.SPLITS] == [54, 10, 6]
 
 
 RIJKS = """,ImageId,dc_creator,dc_materiaal,dc_type
@@ -157,6 +167,8 @@ def test_the_readme_s_table_from_the_museum_s_records(tmp_path, monkeypatch):
         ("--data-dir empty", "empty: no images in this folder"),
         ("--data-dir flat", "a folder per class is expected there, or --metadata"),
         ("--data-dir {folder} --metadata table.csv", "table.csv: the columns ['ImageId', 'dc_type'] are expected"),
+        ("--data-dir {folder} --metadata rows.csv", "--metadata rows.csv: no row has an image in"),
+        ("--data-dir {folder} --metadata latin.csv", "latin.csv cannot be read: 'utf-8' codec can't decode"),
         ("--dataset Flower", "torchvision has none of that name, but "),
         ("--data-dir {folder} --arch resnet19", "--arch resnet19: torchvision has alexnet"),
         ("--data-dir {folder} --weights no.pth", "--weights no.pth: neither a file nor one of IMAGENET1K_V1"),
@@ -177,6 +189,8 @@ def test_bad_input_gets_one_line(flags, says, folder, weights, tmp_path):
     (tmp_path / "flat").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "flat/a.png")
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "rows.csv").write_text("ImageId,dc_type\n1,x\n")
+    (tmp_path / "latin.csv").write_bytes("ImageId,dc_type\n1,\u00e9tude\n".encode("latin-1"))
     done = run(SCRIPT, *flags.format(folder=folder, weights=weights).split(), cwd=tmp_path, check=False)
     assert done.returncode == 1 and says in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
 
@@ -195,6 +209,44 @@ def test_architectures_of_torchvision(arch):
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
         assert model.train()(images)["a"].shape == model.eval()(images)["a"].shape == (2, 3)
+
+
+def test_densenets_file_has_older_names(tmp_path):
+    state = models.densenet121(weights=None).state_dict()
+    older = {re.sub(r"(denselayer\d+\.\w+)([12])\.", r"\1.\2.", name): tensor for name, tensor in state.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in older
+    torch.save(older, tmp_path / "densenet.pth")
+    model = build("densenet121", random=False, weights=str(tmp_path / "densenet.pth"))
+    loaded = model.trunk.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items() if not name.startswith("classifier"))
+
+
+def test_what_is_frozen_counts_no_batches_even_where_a_normalisation_has_children():
+    class NormAct(nn.BatchNorm2d):  # as timm's
+        def __init__(self):
+            super().__init__(3)
+            self.act = nn.ReLU()
+
+    trunk = nn.Sequential(nn.Sequential(NormAct(), NormAct()), nn.Dropout(), NormAct())
+    model = fc.Classifier(trunk, 3, {"mean": [0.0] * 3, "std": [1.0] * 3}, {"class": ["a", "b"]})
+    model.freeze("0.1")
+    model.train()
+    assert [module.training for module in trunk.modules()] == [True, True, False, False] + [True] * 5
+    assert [parameter.requires_grad for parameter in trunk.parameters()] == [False] * 2 + [True] * 4
+
+
+def test_images_are_turned_laid_on_white_and_have_eight_bits(tmp_path):
+    ramp = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))
+    Image.fromarray(np.dstack([ramp, ramp, ramp, np.zeros_like(ramp)]), "RGBA").save(tmp_path / "clear.png")
+    Image.fromarray(np.full((64, 64), 300, np.uint16)).save(tmp_path / "deep.png")
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(ramp.T.copy()).save(tmp_path / "turned.png", exif=exif)
+    preprocessing = {"size": 64, "resize": 64, "interpolation": "bilinear"}
+    found = fc.Pictures(str(tmp_path), ["clear.png", "deep.png", "turned.png"], preprocessing)
+    (clear, *_), (_, _, error), (turned, *_) = (found[i] for i in range(3))
+    assert (clear == 255).all() and error.startswith("ValueError: mode I;16")
+    assert (turned == torch.from_numpy(ramp).flip(1)).all()
 
 
 def test_inception_scales_its_input_as_its_weights_want(tmp_path):
@@ -431,9 +483,13 @@ def test_early_stopping_and_the_best_weights(folder, weights, tmp_path):
     torch.save(checkpoint, path / "finetune_classify.pt")
     refused = run(SCRIPT, "--resume", path, "--arch", "vgg11", "--patience", 3, cwd=tmp_path, check=False).stderr
     assert "is of --arch resnet18, not vgg11" in refused
+    refused = run(SCRIPT, "--resume", path, "--optimizer", "adam", cwd=tmp_path, check=False).stderr
+    assert "--optimizer adam: " in refused and "goes on with None" in refused
     # another learning rate is at work: none, so nothing moves
-    run(SCRIPT, "--resume", path, "--patience", 3, "--learning-rate", 0, cwd=tmp_path)
+    more = ["--patience", 3, "--learning-rate", 0, "--weight-decay", 0.5]
+    run(SCRIPT, "--resume", path, *more, cwd=tmp_path)
     after = torch.load(path / "finetune_classify.pt")
+    assert [group["weight_decay"] for group in after["optimizer"]["param_groups"]] == [0.5, 0.0]
     assert after["epoch"] == len(losses) + 1 == len(scalars(path)["val/loss"])
     assert torch.equal(after["last"]["heads.0.weight"], checkpoint["last"]["heads.0.weight"])
     assert {entry.name for entry in tmp_path.iterdir()} == {"runs"} and len(list((tmp_path / "runs").iterdir())) == 1
