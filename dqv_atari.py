@@ -50,7 +50,7 @@ class Args:
     capture_video: bool = False  # save a GIF of the first game of every evaluation
 
     # The game
-    env_id: str = "ALE/Pong-v5"  # `ALE/<Game>-v5`, or any Gymnasium id with uint8 (4, 84, 84) observations
+    env_id: str = "ALE/Pong-v5"  # `ALE/<Game>-v5`, or a Gymnasium id with uint8 (4, 84, 84) stacks that begin black
     num_envs: int = 0  # games played side by side, 1 is the papers' sequential agent (0: 32 on CUDA, 8 on a CPU)
     repeat_action_probability: float = 0.0  # ALE: sticky actions; the papers use none, Machado et al. (2018) 0.25
     full_action_space: bool = False  # ALE: all 18 joystick actions instead of those that have an effect in the game
