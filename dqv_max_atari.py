@@ -89,9 +89,7 @@ class Args:
 
 
 ALGORITHM = "DQV-Max"
-
-# What `learn` returns, logged as losses/...
-LOSSES = ("td_loss", "q_values", "v_loss", "v_values")
+LOSSES = ("td_loss", "q_values", "v_loss", "v_values")  # what `learn` returns, logged as losses/...
 
 # Defaults for Catch and other small games
 SMALL_GAME = {
@@ -108,9 +106,9 @@ BOUNDS = {
 }  # fmt: skip
 
 
-# Flags of a run that --resume cannot change: the optimizers' state or the count of updates would not fit
-FIXED = ["env_id", "optimizer", "v_optimizer", "learning_starts", "train_frequency", "pretrained", "pretrained_head"]
-FIXED += ["keep_head", "head_fraction", "freeze_features"]
+# What --resume cannot change: the state would not fit, or the run be two experiments
+FIXED = ["env_id", "double", "dueling", "architecture", "narrow", "terminal", "optimizer", "v_optimizer", "pretrained"]
+FIXED += ["pretrained_head", "keep_head", "head_fraction", "freeze_features", "learning_starts", "train_frequency"]
 
 
 def fail(message: str) -> NoReturn:
@@ -138,8 +136,7 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
         fail(f"--env-id {args.env_id}: {str(error).splitlines()[0]}")
     space, mode = envs.single_observation_space, envs.metadata["autoreset_mode"]
     if space.shape != (4, 84, 84) or space.dtype != np.uint8 or mode != AutoresetMode.NEXT_STEP:
-        fail(f"--env-id {args.env_id}: {space.dtype} {space.shape} with {mode}, not uint8 (4, 84, 84) with "
-             "AutoresetMode.NEXT_STEP; Atari games are ALE/<Game>-v5")  # fmt: skip
+        fail(f"--env-id {args.env_id}: {space.dtype} {space.shape}, {mode}, instead of uint8 (4, 84, 84), NEXT_STEP")
     return envs
 
 
@@ -250,7 +247,8 @@ class Replay:
         self.frames = torch.empty((self.slots, 84 * 84), dtype=torch.uint8, device=device)
         # columns: slot, action, reward, done, age (earlier frames of the episode, at most 3); last line: a waste bin
         self.transitions = torch.empty((self.slots + 1, 5), dtype=torch.float64, device=device)
-        self.row, self.first, self.count, self.counts, self.age = -1, 0, 0, deque(), np.zeros(num_envs)
+        self.row, self.age = -1, np.zeros(num_envs)
+        self.totals = deque([0], maxlen=self.rows - 3)  # transitions until the end of each row
         # the newest observations; for each game: place in `transitions`, the five columns, new slot, 1 if it goes on
         self.obs = torch.zeros((num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
         self.facts = torch.zeros((num_envs + 1, 8), dtype=torch.float64, device=device)  # last line: first, count
@@ -259,17 +257,13 @@ class Replay:
 
     def stage(self, actions, rewards, dones, obs, restarted, playing) -> None:
         """Bring a step, arrays `(num_envs, ...)`, to the device; `restarted` marks autoresets (at the start, all)."""
+        places = np.where(restarted, self.slots, (self.totals[-1] + np.cumsum(~restarted) - 1) % self.slots)
+        self.totals.append(self.totals[-1] + int((~restarted).sum()))
+        self.count = self.totals[-1] - self.totals[0]  # that may be drawn
         slots, self.row = self.row * self.num_envs + np.arange(self.num_envs), (self.row + 1) % self.rows
-        places = (self.first + self.count + np.cumsum(~restarted) - 1) % self.slots
-        self.counts.append(int((~restarted).sum()))
-        self.count += self.counts[-1]
-        if len(self.counts) > self.rows - 4:
-            self.first = (self.first + self.counts[0]) % self.slots
-            self.count -= self.counts.popleft()
         new_slots = self.row * self.num_envs + np.arange(self.num_envs)
-        places = np.where(restarted, self.slots, places)
         facts = np.stack((places, slots, actions, rewards, dones, self.age, new_slots, playing), axis=1)
-        facts = np.vstack((facts, [self.first, self.count, 0, 0, 0, 0, 0, 0]))
+        facts = np.vstack((facts, [self.totals[0] % self.slots, self.count, 0, 0, 0, 0, 0, 0]))
         for mine, array in ((self.obs, obs), (self.facts, facts)):
             host = torch.from_numpy(array)
             mine.copy_(host.pin_memory() if mine.is_cuda else host, non_blocking=True)
@@ -367,18 +361,12 @@ def head_names(network: nn.Module) -> list[str]:
     return [f"{layer}.{part}" for layer in last_layers for part in ("weight", "bias")]
 
 
-def copy_tensors(network: nn.Module, checkpoint: dict, key: str, names: list[str], fraction: float = 0.0) -> None:
-    """Copy tensors `names` of network `key` of the `checkpoint`, or add a `fraction` of them, and say so."""
-    source, state = checkpoint.get(key, checkpoint["q_network"]), network.state_dict()
+def load_tensors(network: nn.Module, tensors: dict[str, torch.Tensor], path: str) -> None:
+    """Load all `tensors` of `network`, which came from `path`, or say that they are of another one."""
     try:
-        if set(names) & set(head_names(network)) and (streams := source.keys() - state):
-            raise KeyError(min(streams))  # the head of a dueling network is no head without its other stream
-        new = {name: source[name].to(state[name]) for name in names}
-        new = {name: state[name] + fraction * tensor for name, tensor in new.items()} if fraction else new
-        network.load_state_dict(state | new)
-    except (KeyError, RuntimeError) as error:
-        fail(f"{checkpoint['path']} is of another architecture: {str(error).splitlines()[-1].strip()}")
-    print(f"{key}: {', '.join(names) or 'nothing'} of {checkpoint['path']}{f', added x {fraction}' * (fraction > 0)}")
+        network.load_state_dict(tensors)
+    except (AttributeError, RuntimeError) as error:
+        fail(f"{path} is of another architecture: {str(error).splitlines()[-1].strip()}")
 
 
 def transfer(args: Args, networks: dict[str, nn.Module], source: dict, meanings: list[str]) -> None:
@@ -391,14 +379,17 @@ def transfer(args: Args, networks: dict[str, nn.Module], source: dict, meanings:
     if head_source and theirs != meanings:
         fail(f"the head of {head_source['path']} does not fit, its actions are {theirs}, those of this game {meanings}")
     for key, network in networks.items():
-        head = head_names(network)
-        copy_tensors(network, source, key, [name for name in network.state_dict() if name not in head])
+        state, head, body = network.state_dict(), head_names(network), source.get(key, source["q_network"])
+        new = {name: body.get(name) for name in state if name not in head}
         if key in head_source:
-            copy_tensors(network, head_source, key, head)
-        if args.head_fraction and key in source:  # a state's value, unlike an action's, fits every game
+            new |= {name: tensor for name, tensor in head_source[key].items() if name not in new}
+        if args.head_fraction and key in source:
             same_actions = source.get("action_meanings") == meanings
-            fits = [name for name in head if same_actions or len(source[key][name]) == 1]
-            copy_tensors(network, source, key, fits, args.head_fraction)
+            fits = [name for name in head if same_actions or len(body[name]) == 1]  # a state's value fits every game
+            new |= {name: state[name] + args.head_fraction * body[name].to(state[name]) for name in fits}
+            print(f"{key}: {', '.join(fits) or 'nothing'} of its head, x {args.head_fraction}, added to the new one")
+        load_tensors(network, state | new, head_source.get("path") or source["path"])
+        print(f"{key}: {', '.join(new)} of {source['path']}")
 
 
 def graphed(function: Callable) -> Callable:
@@ -419,7 +410,8 @@ if __name__ == "__main__":
     about = f"{ALGORITHM}. A first run: python {os.path.basename(__file__)} --env-id catch_env:Catch-v0 (in brackets: "
     about += "defaults of such small games). Flags of the run, the game, the algorithm, evaluation, transfer:"
     args = tyro.cli(Args, description=about)
-    checkpoint, trusted = load_checkpoint(args.resume or args.evaluate), ("catch_env", args.env_id.split(":")[0])
+    trusted = "catch_env", args.env_id.split(":")[0]  # modules that a checkpoint may name
+    checkpoint = load_checkpoint(args.resume or args.evaluate)
     path, source = checkpoint.get("path"), {} if checkpoint else load_checkpoint(args.pretrained)
     saved = {name: value for name, value in checkpoint.get("args", {}).items() if name in vars(args)}
     defaults = {} if saved.get("env_id", args.env_id).startswith("ALE/") else SMALL_GAME
@@ -441,7 +433,8 @@ if __name__ == "__main__":
         fail(f"--exp-name {args.exp_name} is not the name of a file")  # or the first checkpoint could not be written
     if args.learning_starts > args.total_timesteps and not args.evaluate:
         fail(f"--learning-starts {args.learning_starts} is beyond --total-timesteps {args.total_timesteps}")
-    if args.keep_head + (args.head_fraction > 0) + bool(args.pretrained_head) > bool(args.pretrained):
+    heads = [args.keep_head, args.head_fraction > 0, bool(args.pretrained_head)]
+    if sum(heads) > (1 if args.pretrained else 0):
         fail("one of --keep-head, --head-fraction and --pretrained-head can be had with a --pretrained run")
 
     # TRY NOT TO MODIFY: device and seeding
@@ -462,6 +455,9 @@ if __name__ == "__main__":
 
     # TRY NOT TO MODIFY: env setup
     envs = make_envs(args, args.eval_episodes if args.evaluate else args.num_envs)
+    obs, infos = envs.reset(seed=seed_for(0, checkpoint.get("global_step", 0)))
+    if obs[:, :3].any():
+        fail(f"--env-id {args.env_id}: a stack must begin with black frames, as the memory rebuilds it")
     num_actions, meanings = int(envs.single_action_space.n), action_meanings(args, envs)
     print(f"{args.env_id}: {envs.num_envs} games, {num_actions} actions ({', '.join(meanings)}), network on {device}")
 
@@ -480,7 +476,7 @@ if __name__ == "__main__":
         network.to(device, memory_format=torch.channels_last)  # the layout of fast convolutions
     for name, network in networks.items():
         if path:
-            copy_tensors(network, checkpoint, name, list(network.state_dict()))
+            load_tensors(network, checkpoint.get(name, checkpoint["q_network"]), path)
         for part, parameter in network.named_parameters():
             parameter.requires_grad_(not args.freeze_features or part in head_names(network))
     if args.evaluate:
@@ -559,9 +555,6 @@ if __name__ == "__main__":
             fail(f"cannot write {checkpoint_path}: {error}")
 
     # TRY NOT TO MODIFY: start the game
-    obs, infos = envs.reset(seed=seed_for(0, global_step))
-    if obs[:, :3].any():
-        fail(f"--env-id {args.env_id}: a stack must begin with black frames, as the memory rebuilds it")
     playing, zeros, on_the_ale = np.ones(args.num_envs, bool), np.zeros(args.num_envs), isinstance(envs, AtariVectorEnv)
     rb.stage(zeros, zeros, zeros, obs, restarted=playing, playing=playing)  # all begin
     returns, lengths, recent, lives = zeros.copy(), zeros.copy(), deque(maxlen=20), infos.get("lives", zeros)
@@ -573,10 +566,9 @@ if __name__ == "__main__":
     def reached(every: int) -> bool:
         return every > 0 and global_step // every > previous_step // every
 
-    stops = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    stops = [number for number in stops if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-    for number in stops:
-        signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     try:
         while global_step < args.total_timesteps:
             # TRY NOT TO MODIFY: epsilon-greedy actions, random ones before learning unless a head was transferred
@@ -597,7 +589,7 @@ if __name__ == "__main__":
                 envs.send(actions)
 
             # ALGO LOGIC: training
-            while refill <= 0 and rb.count and updates < learning_step // args.train_frequency:
+            while not refill and rb.count and updates < learning_step // args.train_frequency:
                 update()
                 updates += 1
 
@@ -607,23 +599,23 @@ if __name__ == "__main__":
             dones = (terminations | life_lost & args.life_loss_terminal) & args.terminal
             rb.stage(actions, np.clip(rewards, -1, 1), dones, obs, restarted, playing)
             lives, steps = infos.get("lives", lives), int((~restarted).sum())  # an autoreset is no step
-            previous_step, global_step = global_step, global_step + (steps if refill <= 0 else 0)
-            refill, finished = refill - steps, global_step >= args.total_timesteps
+            previous_step, global_step = global_step, global_step + (0 if refill else steps)
+            refill, finished = max(0, refill - steps), global_step >= args.total_timesteps
 
             # ALGO LOGIC: update target network
             if reached(args.target_network_frequency):
                 target_network.load_state_dict(q_network.state_dict())
 
             # TRY NOT TO MODIFY: record rewards for plotting purposes
-            returns, lengths = returns + rewards, lengths + ~restarted
-            for i in np.flatnonzero(~playing):
-                if global_step > previous_step:
-                    writer.add_scalar("charts/episodic_return", returns[i], global_step)
-                    writer.add_scalar("charts/episodic_length", lengths[i], global_step)
-                    recent.append(returns[i])
-                returns[i] = lengths[i] = 0
+            returns, lengths = (returns + rewards) * ~restarted, (lengths + 1) * ~restarted
+            for i in (
+                np.flatnonzero(~playing) if global_step > previous_step else ()
+            ):  # not while the memory is refilled
+                writer.add_scalar("charts/episodic_return", returns[i], global_step)
+                writer.add_scalar("charts/episodic_length", lengths[i], global_step)
+                recent.append(returns[i])
             now = time.perf_counter()
-            if refill > 0:
+            if refill:
                 window_start = now
                 sums.zero_()
             if now - line_time > 10:
@@ -633,7 +625,7 @@ if __name__ == "__main__":
                 score = f"{np.mean(recent):.2f}" if recent else "none yet"
                 print(f"step {global_step:,}/{args.total_timesteps:,}  SPS {sps:,.0f}  ETA {left}  return {score}  "
                       f"epsilon {epsilon:.3f}{'  refilling the memory' * (refill > 0)}", flush=True)  # fmt: skip
-                line_time, line_step, line_learned = now, global_step, updates > 0 and refill <= 0
+                line_time, line_step, line_learned = now, global_step, updates > 0 and not refill
             if reached(1_000) or finished:
                 *losses, n_updates, max_q, n_states = sums.tolist()  # the only place where logging waits
                 sums.zero_()
@@ -660,9 +652,13 @@ if __name__ == "__main__":
                 save()
             window_start += time.perf_counter() - now  # SPS leaves evaluations out
     except (KeyboardInterrupt, BrokenPipeError):
-        for number in stops:  # often come in pairs, to the process and to its group
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+            signal.SIGHUP,
+        ):  # often come in pairs, to the process and to its group
             signal.signal(number, signal.SIG_IGN)
-        global_step = previous_step  # the last step is made again, with its evaluation
+        global_step = previous_step  # what the interrupted step has to log, to copy and to evaluate is made anew
         save()
         sys.stdout = sys.stderr
         print(f"stopped at step {global_step:,}; python {os.path.basename(__file__)} --resume {run_dir} goes on")

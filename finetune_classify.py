@@ -195,7 +195,11 @@ def split_data(args: Args, rows: list[dict], trained: dict | None = None) -> tup
     tasks, given = [name for name in rows[0] if name not in ("path", "split")], {row["split"] for row in rows}
     if args.split_file:
         saved = {row["path"]: row["split"] for row in read_csv(args.split_file, ["path", "split"])}
+        if args.resume and (gone := saved.keys() - {row["path"] for row in rows}):
+            fail(f"--data-dir {args.data_dir} lacks {len(gone):,} of the run's images, as {min(gone)}")
         rows = [row | {"split": saved[row["path"]]} for row in rows if row["path"] in saved]
+        if not rows:
+            fail(f"--split-file {args.split_file}: none of its images is there")
     elif not set(SPLITS) <= given:
         rng, groups, new = np.random.default_rng(args.seed), defaultdict(list), sorted({"test", "val"} - given)
         for row in (row for row in rows if row["split"] in ("", "train")):
@@ -368,7 +372,10 @@ def restore(checkpoint: dict, args: Args, weights: str = "model") -> Classifier:
     trunk, features, _ = make_trunk(Args(arch=args.arch, weights="none", image_size=size), random=True)
     preprocessing = old | {"size": size, "resize": round(old["resize"] * size / old["size"])}
     model = Classifier(trunk, features, preprocessing, checkpoint["classes"])
-    model.load_state_dict(checkpoint[weights])
+    try:
+        model.load_state_dict(checkpoint[weights])
+    except RuntimeError:  # a transformer's position embeddings
+        fail(f"{checkpoint['path']} takes images of {old['size']} pixels only")
     return model
 
 

@@ -145,7 +145,7 @@ def read_voc(paths: list[str]) -> dict:
     data = {"images": [], "annotations": []}
     for path in paths:
         root = ElementTree.parse(path).getroot()
-        size = {side: int(root.findtext(f"size/{side}") or 0) for side in ("width", "height")}
+        size = {side: root.findtext(f"size/{side}") for side in ("width", "height")}
         data["images"].append({"id": path, "file_name": root.findtext("filename")} | size)
         for entry in root.iter("object"):
             x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
@@ -193,7 +193,7 @@ def find_annotations(args: Args) -> tuple[str, dict[str, tuple[dict, str]]]:
         paths = sorted(glob.glob("**", root_dir=folder, recursive=True))
         images = [{"id": path, "file_name": path} for path in paths if path.lower().endswith(IMAGES)]
         return folder, {"test": ({"images": images, "annotations": []}, "")}
-    if args.dataset and not any(files.values()):
+    if args.dataset:
         try:
             for split in files:
                 voc = datasets.VOCDetection(folder, "2007", split, download=args.download).annotations
@@ -214,23 +214,26 @@ def find_annotations(args: Args) -> tuple[str, dict[str, tuple[dict, str]]]:
 
 def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
     """The folder of the images, and all of them with the boxes of `classes` (none: the most frequent) from 1 on."""
-    coco, wrong, splits, seen = {"images": [], "annotations": []}, [], {}, set()
+    coco, wrong, splits, seen, taken = {"images": [], "annotations": []}, [], {}, set(), set()
     folder, sources = find_annotations(args)
     subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
     for split, (data, beside) in sources.items():
         boxes = defaultdict(list)
         for box in data["annotations"]:
             boxes[box.get("image_id")].append(box)
+        # a split's images are in the annotations' or the images' folder, or in one below, as COCO's train2017
+        names, places = [image["file_name"] for image in data["images"]], [beside, "", *subfolders]
+        counts = {place: sum(os.path.isfile(os.path.join(folder, place, name)) for name in names) for place in places}
+        place = max(places, key=lambda place: (counts[place], place not in taken))
+        taken |= {place} & set(subfolders)
         for image in data["images"]:
             name, i = image["file_name"], len(coco["images"])
-            # in the annotations' or the images' folder, or else in one below, as COCO's train2017
-            places = os.path.normpath(os.path.join(beside, name)), name, *(os.path.join(s, name) for s in subfolders)
-            path = next((path for path in places if os.path.isfile(os.path.join(folder, path))), None)
-            if not path or path in seen:
-                wrong.append(f"{name}: there is no such image in {folder}, or it is annotated twice")
+            path = os.path.normpath(os.path.join(place, name))
+            if not os.path.isfile(os.path.join(folder, path)) or path in seen:
+                wrong.append(f"{name}: there is no such image in {os.path.join(folder, place)}, or annotated twice")
                 continue
             seen.add(path)
-            size = image.get("width"), image.get("height")
+            size = str(image.get("width")), str(image.get("height"))
             coco["images"].append({"id": i, "file_name": path, "split": split, "size": size})
             for box in boxes[image["id"]]:
                 if not box["category"] or not min((box.get("bbox") or [0])[2:], default=0) > 1:
@@ -296,7 +299,8 @@ class Pictures(Dataset):
                 if file.mode[0] in "IF":
                     raise ValueError(f"mode {file.mode}, while 8 bits a channel are expected")
                 turned = ImageOps.exif_transpose(file)
-                annotated = file if file.size == self.coco.imgs[i]["size"] != turned.size else turned
+                sizes = [tuple(map(str, picture.size)) for picture in (turned, file)]
+                annotated = file if self.coco.imgs[i]["size"] == sizes[1] != sizes[0] else turned
                 image = tv_tensors.Image(v2.functional.pil_to_tensor(annotated.convert("RGB")))
             inside = clip_boxes_to_image(target["boxes"], image.shape[1:])
             if (box_area(inside) < 0.9 * box_area(target["boxes"])).any():  # less is a matter of drawing
@@ -788,15 +792,20 @@ if __name__ == "__main__":
         own = set(vars(args)) - {"exp_name", "logdir", "resume", "evaluate", "predict"}
         saved = {name: value for name, value in checkpoint["args"].items() if name in own}
         args = tyro.cli(Args, default=Args(**saved))
-        annotations = ("annotations", "val_annotations", "test_annotations")
+        annotations = ("test_annotations", "val_annotations", "annotations")
         others = [getattr(args, name) for name in annotations if getattr(args, name) != saved[name]]
         moved = others or any(getattr(args, name) != saved[name] for name in ("data_dir", "dataset"))
+        for name in ("strategy", "unfreeze_from", "optimizer") if args.resume else ():
+            if getattr(args, name) != saved[name]:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.resume} goes on with {saved[name]}")
         if args.split_file == saved["split_file"]:
             own_split = os.path.join(os.path.dirname(checkpoint["path"]), "split.csv")
             kept = own_split if args.resume or os.path.isfile(own_split) else saved["split_file"]
             args.split_file = None if args.predict or args.evaluate and moved else kept
-        if args.evaluate and others:
-            args.annotations, args.val_annotations, args.test_annotations = None, None, others[0]
+        exported = glob.glob(os.path.join(args.data_dir or "data", "*", "_annotations.coco.json"))
+        if args.evaluate and (others or args.dataset != saved["dataset"] or moved and exported):
+            args.annotations, args.val_annotations, args.test_annotations = None, None, (others or [None])[0]
+            args.dataset = None if others else args.dataset
     for name, value in vars(args).items():
         least = int(name in ("epochs", "batch_size", "image_size"))
         if type(value) in (int, float) and not least <= value < 2**31:
@@ -841,7 +850,10 @@ if __name__ == "__main__":
     # The detector
     model = make_detector(args, 1 + len(classes))
     if checkpoint:
-        model.load_state_dict(checkpoint["model" if args.evaluate else "last"])
+        try:
+            model.load_state_dict(checkpoint["model" if args.evaluate else "last"])
+        except RuntimeError:
+            fail(f"{checkpoint['path']} is of another network than --arch {args.arch} of this version")
     loaded = checkpoint["loaded"] if checkpoint else load_weights(args, model)
     model = model.to(device, memory_format=torch.channels_last)
     if args.evaluate:
@@ -858,6 +870,8 @@ if __name__ == "__main__":
         sys.exit()
     if not ids["train"] or not any(coco.imgToAnns[i] for i in ids["val"]):
         fail("there are no images for training, or no boxes in those for validation")
+    if args.arch.startswith("ssdlite") and min(args.batch_size, len(ids["train"])) < 2:
+        fail(f"--arch {args.arch} needs two images for an update: its last normalisation sees one pixel of each")
     in_evaluation = freeze(model, loaded, args)
     if args.amp and device.type == "cuda":
         autocast_backbone(model, device.type)
@@ -875,7 +889,7 @@ if __name__ == "__main__":
     path = os.path.join(run_dir, f"{args.exp_name}.pt")
     if args.resume:
         path, run_dir = checkpoint["path"], os.path.dirname(checkpoint["path"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
     if args.track:
         import wandb
 
@@ -921,7 +935,7 @@ if __name__ == "__main__":
                 warmed = (epoch * updates + step) / max(min(args.warmup_iterations, updates), 1)
                 for group in optimizer.param_groups:
                     group["lr"] = args.learning_rate * min(1.0, warmed) * 0.1**drops
-                if len(images) > args.arch.startswith("ssdlite"):  # whose last normalisation sees one pixel an image
+                if len(images) > args.arch.startswith("ssdlite"):
                     losses = model(images, targets)
                     losses["loss"] = torch.stack(list(losses.values())).sum()
                     optimizer.zero_grad()

@@ -53,7 +53,7 @@ class Args:
     compile: bool = False  # compile the network (`torch.compile`); pays off in long runs
     workers: int = 0  # threads that decode the images of a folder, once (0: one a core)
     logdir: str = "runs"  # folder in which the run's own folder is made, or found again
-    resume: str | None = None  # run (folder or checkpoint) to continue, with its flags unless given anew
+    resume: str | None = None  # run (folder or checkpoint) to continue with its flags; epochs, rounds may be others
     track: bool = False  # mirror the run to Weights and Biases (`pip install wandb`; set WANDB_PROJECT, WANDB_ENTITY)
 
     # Data
@@ -108,7 +108,10 @@ BOUNDS = {
     "weight_decay": (0, 1),
 }  # fmt: skip
 # What runs of one arm may differ in
-FREE = "seed source_seed source_run cuda amp compile workers logdir track dataset data_dir rounds tickets save_networks report out"
+FREE = (
+    "seed source_seed source_run cuda amp compile workers logdir track dataset data_dir rounds tickets save_networks "
+)
+FREE += "report out"
 pyplot.switch_backend("Agg")
 Image.MAX_IMAGE_PIXELS = 2**27  # Pillow refuses images of twice as many, and warns of smaller ones
 
@@ -172,8 +175,10 @@ def open_image(path: str, side: int) -> torch.Tensor:
 
 def read_folder(args: Args, folder: str) -> tuple[list[str], dict, list[dict]]:
     """What load_data returns of a folder per class, or of train/ and perhaps val/ and test/ with those."""
-    given = {i: name for name, i in FOLDERS.items() if os.path.isdir(os.path.join(folder, name))}
-    given = given if 0 in given else {0: ""}  # what is not given are tenths of the training images
+    names = [name for name in FOLDERS if os.path.isdir(os.path.join(folder, name))]
+    given = {FOLDERS[name]: name for name in names} if "train" in names[:-1] else {0: ""}
+    if given != {0: ""} and len(given) < len(names):
+        fail(f"--dataset folder:{folder}: two of {', '.join(names)} are for validation")
     try:
         roots = {i: datasets.ImageFolder(os.path.join(folder, name)) for i, name in given.items()}
     except OSError as error:
@@ -199,7 +204,7 @@ def read_folder(args: Args, folder: str) -> tuple[list[str], dict, list[dict]]:
     classes = sorted({name for _, name, _ in found})
     labels = torch.tensor([classes.index(name) for _, name, _ in found])
     split = torch.tensor([i for *_, i in found])
-    train = (split == 0).nonzero()[:, 0]
+    train = (split == 0).nonzero()[:, 0]  # of which a tenth each goes to the splits that have no folder
     rank, _, tenth = rank_in_class(labels[train], random_stream(args.seed, "split"))
     for n, i in enumerate(i for i in (2, 1) if i not in given):
         split[train[(rank >= n * tenth) & (rank < (n + 1) * tenth)]] = i
@@ -564,7 +569,8 @@ def read_settings(run_dir: str) -> dict:
 
 def difference(one: dict, other: dict, free: str = FREE) -> str:
     """The flags that change results and are not the same in the settings of two runs."""
-    return ", ".join(sorted(name for name in one if name not in free.split() and one[name] != other.get(name)))
+    names = (one.keys() & other.keys()) - set(free.split())  # those of an earlier version may lack some
+    return ", ".join(sorted(name for name in names if one[name] != other[name]))
 
 
 def read_runs(folders: list[str]) -> dict[str, dict[str, list[tuple[dict, dict[int, dict]]]]]:
@@ -725,8 +731,9 @@ if __name__ == "__main__":
 
     # TRY NOT TO MODIFY: the run's folder, which one process at a time may write, and its settings
     target = os.path.basename(os.path.abspath(args.dataset.removeprefix("folder:")))
-    arm = source.get("arm", f"own-{args.pruning}").replace("own", source.get("dataset", "own"), 1)
-    arm = "dense" if args.control == "dense" else arm
+    arm = "dense" if args.control == "dense" else f"{source.get('dataset', 'own')}-{args.pruning}"
+    arm += f"-of-{source['control']}" if source.get("control", "none") != "none" else ""
+    arm += f"-of-{source['train_fraction']:g}" if source.get("train_fraction", 1) < 1 else ""
     arm += f"-{args.control}" if args.control not in ("none", "dense") else ""
     arm += f"-{args.train_fraction:g}" if args.train_fraction < 1 else ""
     run_name = f"{target}__{args.exp_name}__{args.arch}__{arm}__{args.seed}"

@@ -21,14 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 gym.logger.min_level = gym.logger.WARN
 torch.set_num_threads(1)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have what the tests start ignore it
-ON_CUDA = {
-    "ddqn_atari.py",
-    "dqv_atari.py",
-    "dqv_max_atari.py",
-    "finetune_classify.py",
-    "finetune_detect.py",
-    "lottery_ticket.py",
-}  # scripts with the flag --no-cuda
+ON_CUDA = "_atari.py", "_classify.py", "_detect.py", "_ticket.py"  # scripts with the flag --no-cuda
 
 
 def run(script, *args, cwd, check=True):
@@ -36,7 +29,7 @@ def run(script, *args, cwd, check=True):
 
     `variables` of what comes back are the script's own at its end, if it did not exit.
     """
-    command = [str(ROOT / script), *map(str, args), *(["--no-cuda"] if script in ON_CUDA else [])]
+    command = [str(ROOT / script), *map(str, args), *(["--no-cuda"] if script.endswith(ON_CUDA) else [])]
     changed = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE
     handlers = {number: signal.getsignal(number) for number in changed}
     out, err, code, variables = io.StringIO(), io.StringIO(), 0, {}

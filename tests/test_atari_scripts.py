@@ -304,7 +304,7 @@ def memory_of(done):
     """Columns slot, action, reward, done, age of the transitions that may be drawn at the end of a run."""
     replay = done.variables["rb"]
     replay.store()  # the last step is staged only
-    return replay.transitions[(replay.first + torch.arange(replay.count)) % replay.slots].T
+    return replay.transitions[(replay.totals[0] + torch.arange(replay.count)) % replay.slots].T
 
 
 @pytest.mark.parametrize("game, flags", [("Toy", ()), ("ToyTruncated", ()), ("Toy", ("--no-terminal",))])
@@ -464,7 +464,7 @@ def test_what_is_not_finite_ends_the_run(tmp_path, toy_flags):
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "not finite at step" in done.stderr
 
 
-def test_two_runs_in_the_same_second_have_their_own_folders(tmp_path, monkeypatch):
+def test_two_runs_in_the_same_second_have_their_own_folders_and_wandb_sees_their_event_files(tmp_path, monkeypatch):
     files = []  # that are there when wandb starts: it mirrors those that come after
     wandb = SimpleNamespace(init=lambda **_: files.extend(tmp_path.rglob("*tfevents*")))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -479,6 +479,7 @@ def test_two_runs_in_the_same_second_have_their_own_folders(tmp_path, monkeypatc
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
+@pytest.mark.parametrize("script", ["dqv_max_atari"])
 def test_evaluate_prints_what_was_measured(script, source, tmp_path):
     path, _checkpoint = source(script)
     shutil.copy(path, tmp_path)
@@ -617,6 +618,7 @@ def test_only_head_leaves_frozen_tensors_bit_identical(script, source, tmp_path)
     assert all(parameter.grad is None for parameter in parameters)  # autograd records nothing below the head
 
 
+@pytest.mark.parametrize("script", ["dqv_max_atari"])
 def test_hybrid_keep_head_and_head_fraction(script, source, tmp_path):
     path, checkpoint = source(script)
     head = tmp_path / "head.pt"
@@ -629,7 +631,7 @@ def test_hybrid_keep_head_and_head_fraction(script, source, tmp_path):
     _, added = transferred(script, tmp_path / "added", *flags, "--head-fraction", 0.5)
     done, catch = transferred(script, tmp_path / "catch", "--pretrained", path, "--head-fraction", 0.5)
     _, fresh_catch = transferred(script, tmp_path / "fresh_catch", "--pretrained", path)
-    assert "q_network: nothing of" in done.stdout
+    assert "q_network: nothing of its head, x 0.5, added" in done.stdout
     for key in learners(checkpoint):
         for name, tensor in checkpoint[key].items():
             assert torch.equal(hybrid[key][name], tensor if trunk(name) else other[key][name])
@@ -689,12 +691,7 @@ def test_cleanrl_s_bare_state_dict_is_accepted(source, tmp_path):
         ("--evaluate text", "text/text.pt is not a checkpoint of a Q-network\n"),
         ("--num-envs -1", "--num-envs must be between 0"),
         ("--gamma nan", "--gamma must be between 0 and 1, not nan"),
-        ("--gamma 2", "--gamma must"),
-        ("--end-e 5", "--end-e must"),
-        ("--seed -1", "--seed must"),
-        ("--learning-rate -1", "--learning-rate must"),
         ("--eval-frequency -5", "--eval-frequency must"),
-        ("--repeat-action-probability 2", "--repeat-action-probability must"),
         ("--total-timesteps 40000", "--learning-starts 50000 is beyond --total-timesteps 40000"),
         ("--exp-name a/b", "--exp-name a/b is not the name of a file"),
         ("--keep-head", "--pretrained"),
@@ -732,7 +729,7 @@ def test_foreign_checkpoints_and_heads_are_named_in_one_line(source, tmp_path):
         ({"weights": [1, 2]}, [], "is not a checkpoint of a Q-network"),
         (smaller, [], "another architecture: size mismatch for network.7"),
         (checkpoint["q_network"], ["--keep-head"], "its actions are unknown, those of this game ['LEFT'"),
-        (checkpoint["q_network"] | {"value.0.bias": torch.zeros(1)}, ["--evaluate", "other.pt"], "'value.0.bias'"),
+        (checkpoint["q_network"] | {"value.0.bias": torch.zeros(1)}, ["--evaluate", "other.pt"], '"value.0.bias"'),
     ):
         torch.save(content, tmp_path / "other.pt")
         flags = [*CATCH.split(), "--pretrained", tmp_path / "other.pt", *flags]

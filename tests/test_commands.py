@@ -26,7 +26,7 @@ FOUND = sorted({(script, *arguments) for page in PAGES for script, arguments in 
 
 @pytest.mark.parametrize("command", [c for c in FOUND if (ROOT / c[0]).parent == ROOT and c[0] != "catch_env.py"])
 def test_flags_of_the_commands_of_readme_and_pages_are_understood(command):
-    script, *arguments = [word.replace("$seed", "1") for word in command]
+    script, *arguments = [word.replace("$seed", "1").replace("$stage", "hybrid") for word in command]
     tyro.cli(importlib.import_module(script[: -len(".py")]).Args, args=arguments)
 
 
@@ -42,13 +42,12 @@ def test_readme_s_commands_for_games_run_in_order(tmp_path):
             arguments = [word for word in arguments if word not in ("2", "3")] + [f"--args={SMALL}"]
         elif script.startswith(("finetune", "lottery", "catch")):
             continue  # their data cannot be had here; their own tests run them on other data
-        printed[script, arguments[0]] = out = run(script, *arguments, cwd=tmp_path).stdout
-        if arguments[0] == "plan":
-            jobs = [shlex.split(line) for line in out.splitlines() if line.startswith("python")]
-            assert len(jobs) == 1  # what xargs would run; the commands before have trained the others
-            for _, job, *flags in jobs:
+        for stage in ("source", "transfer", "self-transfer") if "$stage" in arguments else ("",):
+            words = [word.replace("$stage", stage) for word in arguments]
+            printed[script, words[0]] = out = run(script, *words, cwd=tmp_path).stdout
+            for _, job, *flags in map(shlex.split, out.splitlines() if stage else ()):  # what xargs would run
                 run(job, *flags, cwd=tmp_path)
-    assert len(list(tmp_path.glob("runs/*/*.pt"))) >= 6
+    assert len(list(tmp_path.glob("runs/*/*.pt"))) == 5 and len(list(tmp_path.glob("study/*/*.pt"))) == 3 + 6 + 6
     assert "Catch-v3" in printed["transfer_matrix.py", "table"]
     assert len(list(tmp_path.glob("pictures/*.png"))) >= 5 and list(tmp_path.glob("results/*.png"))
 

@@ -268,6 +268,9 @@ def test_folders_that_are_split_already_and_odd_images(folder, tmp_path, capsys)
     assert (found[0] == 255).all(), "transparent is white"
     assert (found[1] - expected.flip(2)).abs().max() <= 3, "turned upright"
     shutil.rmtree(tmp_path / "test")
+    (tmp_path / "valid").mkdir()
+    with pytest.raises(SystemExit, match="two of train, val, valid are for validation"):
+        data_of(tmp_path)
     os.rename(tmp_path / "val", tmp_path / "valid")
     classes, parts, _ = data_of(tmp_path)  # a tenth of what is to train is for the test
     assert classes == ["aa", "level", "upright"] and [len(parts[split][1]) for split in lt.SPLITS] == [90, 50, 10]
@@ -571,6 +574,8 @@ def test_a_full_disk_gets_one_line_and_leaves_nothing_half_written(source, folde
 
 def test_on_resume_the_command_line_wins_but_other_flags_are_no_way_to_go_on(source, folder, tmp_path):
     shutil.copytree(source, tmp_path / "runs" / source.name)
+    settings = tmp_path / "runs" / source.name / "hyperparameters.json"  # an earlier version's has fewer
+    settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "built_for"}))
     run(SCRIPT, "--resume", tmp_path / "runs" / source.name, "--rounds", 4, cwd=tmp_path)
     rows = rows_of(only_run(tmp_path / "runs"))
     assert rows[:3] == rows_of(source) and int(rows[3]["remaining"]) == round(0.8 * int(rows[2]["remaining"]))
@@ -664,15 +669,15 @@ def test_tickets_that_do_not_fit_or_would_write_elsewhere(source, target, tmp_pa
     done = run(SCRIPT, "--tickets", source / "round_02.pt", *flags, "--rounds", 2, cwd=tmp_path, check=False)
     assert done.returncode == 1 and "--rounds 2 leaves none of them" in done.stderr
     run(SCRIPT, "--tickets", source, *flags, "--rounds", 1, cwd=tmp_path)
-    for arm, says in (("own-global", "made with other flags: source_run"), ("own-global-lr-rewinding", "")):
-        other = tmp_path / f"of-another-{arm}"
+    for control, says in (("none", "made with other flags: source_run"), ("lr-rewinding", "")):
+        other = tmp_path / f"of-another-{control}"
         other.mkdir()
-        torch.save(ticket | {"meta": ticket["meta"] | {"arm": arm}}, other / "round_02.pt")
+        torch.save(ticket | {"meta": ticket["meta"] | {"control": control}}, other / "round_02.pt")
         done = run(SCRIPT, "--tickets", other, *flags, cwd=tmp_path, check=False)
         assert done.returncode == bool(says) and says in done.stderr
     arms = {path.name.split("__")[3] for path in (tmp_path / "runs").iterdir()}
     name = source.name.split("__")[0]
-    assert arms == {f"{name}-global", f"{name}-global-lr-rewinding"}
+    assert arms == {f"{name}-global", f"{name}-global-of-lr-rewinding"}
 
 
 # ------------------------------------------------------------------------------------------------------------- reports
