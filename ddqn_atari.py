@@ -42,7 +42,7 @@ class Args:
     cudagraphs: bool = True  # on CUDA, replay acting and updating as CUDA graphs
     bf16: bool = False  # networks in bfloat16 (slow on a CPU without AVX512-BF16); losses, targets in float32
     logdir: str = "runs"  # folder in which the run's own folder is made
-    resume: str | None = None  # run (folder or checkpoint) to continue, with its flags unless given anew
+    resume: str | None = None  # run (folder or checkpoint) to continue with its flags; some may be given anew
     evaluate: str | None = None  # run (folder or checkpoint) to evaluate instead of training
     track: bool = False  # mirror the run to Weights and Biases (`pip install wandb`; set WANDB_PROJECT, WANDB_ENTITY)
     capture_video: bool = False  # save a GIF of the first game of every evaluation
@@ -107,7 +107,16 @@ BOUNDS = {
 
 
 # What --resume cannot change: the state would not fit, or the run be two experiments
-FIXED = ["env_id", "double", "dueling", "architecture", "narrow", "terminal", "optimizer", "v_optimizer", "pretrained"]
+FIXED = [
+    "env_id",
+    "seed",
+    "exp_name",
+    "repeat_action_probability",
+    "full_action_space",
+    "life_loss_terminal",
+    "maxpool",
+]
+FIXED += ["double", "dueling", "architecture", "narrow", "gamma", "terminal", "optimizer", "v_optimizer", "pretrained"]
 FIXED += ["pretrained_head", "keep_head", "head_fraction", "freeze_features", "learning_starts", "train_frequency"]
 
 
@@ -383,16 +392,18 @@ def transfer(args: Args, networks: dict[str, nn.Module], source: dict, meanings:
         fail(f"the head of {head_source['path']} does not fit, its actions are {theirs}, those of this game {meanings}")
     for key, network in networks.items():
         state, head, body = network.state_dict(), head_names(network), source.get(key, source["q_network"])
-        new = {name: body.get(name) for name in state if name not in head}
+        load_tensors(network, state | {name: body.get(name) for name in state if name not in head}, source["path"])
+        print(f"{key}: all but the head of {source['path']}")
         if key in head_source:
-            new |= {name: tensor for name, tensor in head_source[key].items() if name not in new}
+            others = {name: tensor for name, tensor in network.state_dict().items() if name not in head}
+            load_tensors(network, head_source[key] | others, head_source["path"])
+            print(f"{key}: the head of {head_source['path']}")
         if args.head_fraction and key in source:
             same_actions = source.get("action_meanings") == meanings
             fits = [name for name in head if same_actions or len(body[name]) == 1]  # a state's value fits every game
-            new |= {name: state[name] + args.head_fraction * body[name].to(state[name]) for name in fits}
+            for name in fits:  # into the network, whose memory it is
+                state[name] += args.head_fraction * body[name].to(state[name])
             print(f"{key}: {', '.join(fits) or 'nothing'} of its head, x {args.head_fraction}, added to the new one")
-        load_tensors(network, state | new, head_source.get("path") or source["path"])
-        print(f"{key}: {', '.join(new)} of {source['path']}")
 
 
 def graphed(function: Callable) -> Callable:
@@ -608,9 +619,7 @@ if __name__ == "__main__":
 
             # TRY NOT TO MODIFY: record rewards for plotting purposes
             returns, lengths = (returns + rewards) * ~restarted, (lengths + 1) * ~restarted
-            for i in (
-                np.flatnonzero(~playing) if global_step > previous_step else ()
-            ):  # not while the memory is refilled
+            for i in np.flatnonzero(~playing) if global_step > previous_step else ():
                 writer.add_scalar("charts/episodic_return", returns[i], global_step)
                 writer.add_scalar("charts/episodic_length", lengths[i], global_step)
                 recent.append(returns[i])
@@ -652,11 +661,8 @@ if __name__ == "__main__":
                 save()
             window_start += time.perf_counter() - now  # SPS leaves evaluations out
     except (KeyboardInterrupt, BrokenPipeError):
-        for number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-            signal.SIGHUP,
-        ):  # often come in pairs, to the process and to its group
+        # signals often come in pairs, to the process and to its group
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         global_step = previous_step  # what the interrupted step has to log, to copy and to evaluate is made anew
         save()

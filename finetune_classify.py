@@ -193,6 +193,8 @@ def read_torchvision(args: Args) -> tuple[list[dict], dict[str, Dataset]]:
 def split_data(args: Args, rows: list[dict], trained: dict | None = None) -> tuple[list[dict], dict[str, list[str]]]:
     """Rows with their split, and the classes of every task, those in all splits or `trained`; other labels go."""
     tasks, given = [name for name in rows[0] if name not in ("path", "split")], {row["split"] for row in rows}
+    if trained and tasks != list(trained):
+        fail(f"the network's labels are {', '.join(trained)}, not {', '.join(tasks)}: see --label-column")
     if args.split_file:
         saved = {row["path"]: row["split"] for row in read_csv(args.split_file, ["path", "split"])}
         if args.resume and (gone := saved.keys() - {row["path"] for row in rows}):
@@ -374,8 +376,8 @@ def restore(checkpoint: dict, args: Args, weights: str = "model") -> Classifier:
     model = Classifier(trunk, features, preprocessing, checkpoint["classes"])
     try:
         model.load_state_dict(checkpoint[weights])
-    except RuntimeError:  # a transformer's position embeddings
-        fail(f"{checkpoint['path']} takes images of {old['size']} pixels only")
+    except RuntimeError:  # as of a transformer's position embeddings
+        fail(f"{checkpoint['path']} is of another version of {args.arch}, or for images of {old['size']} pixels only")
     return model
 
 
@@ -552,6 +554,8 @@ if __name__ == "__main__":
     about = "Train an image classifier off-the-shelf, by fine-tuning or from scratch, then test it once. A first run: "
     about += "python finetune_classify.py --dataset Flowers102 --download --strategy off-the-shelf"
     args, checkpoint = tyro.cli(Args, description=about), {}
+    if args.resume and args.evaluate:
+        fail("--resume goes on with a run, --evaluate tests one: give either")
     if args.evaluate or args.resume:
         checkpoint = load_file(args.evaluate or args.resume)
         path, beside = checkpoint["path"], os.path.dirname(checkpoint["path"])
@@ -566,7 +570,7 @@ if __name__ == "__main__":
         over = checkpoint["epoch"] >= args.epochs or checkpoint["stale"] >= args.patience
         for name in ("strategy", "unfreeze_from", "optimizer") if args.resume else ():
             if getattr(args, name) != saved[name]:
-                fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {path} goes on with {saved[name]}")
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)}: the run has {saved[name]} (None: the default)")
         if args.resume and checkpoint["finished"] and over:
             fail(f"{path} is of a run that has ended; more --epochs or --patience would go on")
     for name, value in vars(args).items():
@@ -598,6 +602,10 @@ if __name__ == "__main__":
         rows, source = read_torchvision(args)
     else:
         rows = read_table(args) if args.metadata else read_folders(folder)
+    own_split = os.path.join(beside, "split.csv") if args.evaluate and not (args.predict or args.dataset) else ""
+    if not args.split_file and os.path.isfile(own_split):  # the run's images, if they were moved
+        own_images = {row["path"] for row in read_csv(own_split, ["path"])}
+        args.split_file = own_split if own_images <= {row["path"] for row in rows} else None
     if args.evaluate and not args.split_file and "test" not in {row["split"] for row in rows}:
         rows = [row | {"split": "test"} for row in rows]
     if not args.predict:
@@ -606,7 +614,7 @@ if __name__ == "__main__":
 
     def members(split: str) -> torch.Tensor:
         """Indices of the images of a split, but for those that turned out to be unreadable."""
-        return torch.tensor([i for i, row in enumerate(rows) if row["split"] == split and i not in unreadable])
+        return torch.tensor([i for i, row in enumerate(rows) if row["split"] == split and i not in unreadable]).long()
 
     targets = {}
     for task, names in classes.items():
@@ -713,7 +721,12 @@ if __name__ == "__main__":
     if args.resume:
         state = {name: checkpoint[name] for name in state}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-    state |= {"args": vars(args), "classes": classes, "preprocessing": model.preprocessing} | copied()
+    state |= {
+        "finished": False,
+        "args": vars(args),
+        "classes": classes,
+        "preprocessing": model.preprocessing,
+    } | copied()
     writer = SummaryWriter(run_dir, purge_step=state["epoch"] + 1 if args.resume else None)
     lines = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{lines}", state["epoch"])

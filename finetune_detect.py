@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -68,8 +69,8 @@ class Args:
     dataset: Literal["voc2007"] | None = None  # Pascal VOC 2007 in --data-dir (None: `data`)
     download: bool = False  # download --dataset first
     annotations: str | None = None  # COCO JSON, folder of VOC XML, or MINERVA's CSV, for training
-    val_annotations: str | None = None  # the same for validation (None: --annotations is split 50/25/25)
-    test_annotations: str | None = None  # the same for the test at the end (None, but with validation: no test)
+    val_annotations: str | None = None  # the same for validation (None: a quarter of those for training is)
+    test_annotations: str | None = None  # the same for the test at the end (None: a quarter, or, with validation, none)
     split_file: str | None = None  # split.csv of an earlier run to use again
     label_column: str = "instrument_name"  # column of a CSV with the classes; a code in brackets after them is cut off
     top_classes: int = 0  # learn the classes that are most frequent in training (0: all), as MINERVA's top-5
@@ -214,18 +215,20 @@ def find_annotations(args: Args) -> tuple[str, dict[str, tuple[dict, str]]]:
 
 def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
     """The folder of the images, and all of them with the boxes of `classes` (none: the most frequent) from 1 on."""
-    coco, wrong, splits, seen, taken = {"images": [], "annotations": []}, [], {}, set(), set()
+    coco, wrong, splits, seen = {"images": [], "annotations": []}, [], {}, set()
     folder, sources = find_annotations(args)
     subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
     for split, (data, beside) in sources.items():
         boxes = defaultdict(list)
         for box in data["annotations"]:
             boxes[box.get("image_id")].append(box)
-        # a split's images are in the annotations' or the images' folder, or in one below, as COCO's train2017
-        names, places = [image["file_name"] for image in data["images"]], [beside, "", *subfolders]
-        counts = {place: sum(os.path.isfile(os.path.join(folder, place, name)) for name in names) for place in places}
-        place = max(places, key=lambda place: (counts[place], place not in taken))
-        taken |= {place} & set(subfolders)
+        # a split's images are in the annotations' or the images' folder, or else in one below, as COCO's train2017
+        counts = {}
+        for place in (beside, "", *subfolders):
+            if place in ("", beside) or not any(counts[near] for near in ("", beside)):
+                paths = (os.path.join(folder, place, image["file_name"]) for image in data["images"])
+                counts[place] = sum(map(os.path.isfile, paths))
+        place = max(counts, key=lambda place: (counts[place] > 0, place.startswith(split), counts[place]))
         for image in data["images"]:
             name, i = image["file_name"], len(coco["images"])
             path = os.path.normpath(os.path.join(place, name))
@@ -251,9 +254,10 @@ def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
             fail(f"--split-file {args.split_file}: {error!r}")
         if args.resume and (gone := splits.keys() - seen):
             fail(f"{folder} lacks {len(gone):,} of the run's images, as {min(gone)}")
-    elif list(sources) == ["train"]:  # 50/25/25 by image, as MINERVA
-        order = np.random.default_rng(args.seed).permutation(len(coco["images"]))
-        splits = {coco["images"][i]["file_name"]: ("train", "val", "train", "test")[n % 4] for n, i in enumerate(order)}
+    elif "train" in sources and "val" not in sources:  # 50/25/25 by image, as MINERVA
+        own, parts = [image for image in coco["images"] if image["split"] == "train"], ["train", "val", "train", "test"]
+        for n, i in enumerate(np.random.default_rng(args.seed).permutation(len(own))):
+            own[i]["split"] = parts[n % 4] if "test" not in sources or n % 4 < 3 else "train"
     for image in coco["images"] if splits else ():
         image["split"] = splits.get(image["file_name"], "")
     if not classes:
@@ -331,7 +335,8 @@ def read_batches(args: Args, data: Pictures, ids: list[int], device: torch.devic
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
         ids = [ids[i] for i in order.tolist()]
     # a generator of its own: else every pass would draw from the one that dropout and the R-CNNs draw from
-    loader = DataLoader(data, args.batch_size, sampler=ids, num_workers=min(args.workers, len(ids)), collate_fn=list,
+    workers = args.workers if args.workers is not None else CORES if device.type == "cuda" else min(CORES, 4)
+    loader = DataLoader(data, args.batch_size, sampler=ids, num_workers=min(workers, len(ids)), collate_fn=list,
                         pin_memory=device.type == "cuda", generator=torch.Generator())  # fmt: skip
     for items in loader:
         if STOPS:
@@ -757,7 +762,8 @@ def draw_detections(data: Pictures, results: list[dict], ids: list[int], thresho
     """Write the images `ids` with their boxes of `threshold` and more, and these boxes' classes and scores, as PNGs."""
     by_image = defaultdict(list)
     for box in results:
-        by_image[box["image_id"]] += [box] if box["score"] >= threshold else []
+        if box["score"] >= threshold:
+            by_image[box["image_id"]].append(box)
     for i in ids:
         image, found = data[i][0], by_image[i]
         words = [f"{box['category']} {box['score']:.2f}" for box in found]
@@ -785,6 +791,8 @@ if __name__ == "__main__":
     # TRY NOT TO MODIFY: flags, with those of the run that --resume and --evaluate name unless given anew
     about = "Fine-tune object detectors. A first run: python finetune_detect.py --dataset voc2007 --download"
     args, checkpoint = tyro.cli(Args, description=about), {}
+    if args.resume and args.evaluate:
+        fail("--resume goes on with a run, --evaluate tests one: give either")
     if args.resume or args.evaluate:
         checkpoint = read_checkpoint(args.resume or args.evaluate)
         if not {"classes", "loaded", "last"} <= set(checkpoint):
@@ -794,18 +802,18 @@ if __name__ == "__main__":
         args = tyro.cli(Args, default=Args(**saved))
         annotations = ("test_annotations", "val_annotations", "annotations")
         others = [getattr(args, name) for name in annotations if getattr(args, name) != saved[name]]
-        moved = others or any(getattr(args, name) != saved[name] for name in ("data_dir", "dataset"))
+        exported = glob.glob(os.path.join(args.data_dir or "data", "*", "_annotations.coco.json"))
+        elsewhere = others or args.dataset != saved["dataset"] or args.data_dir != saved["data_dir"] and exported
         for name in ("strategy", "unfreeze_from", "optimizer") if args.resume else ():
             if getattr(args, name) != saved[name]:
                 fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.resume} goes on with {saved[name]}")
         if args.split_file == saved["split_file"]:
             own_split = os.path.join(os.path.dirname(checkpoint["path"]), "split.csv")
             kept = own_split if args.resume or os.path.isfile(own_split) else saved["split_file"]
-            args.split_file = None if args.predict or args.evaluate and moved else kept
-        exported = glob.glob(os.path.join(args.data_dir or "data", "*", "_annotations.coco.json"))
-        if args.evaluate and (others or args.dataset != saved["dataset"] or moved and exported):
+            args.split_file = None if args.predict or args.evaluate and elsewhere else kept
+        if args.evaluate and elsewhere:
             args.annotations, args.val_annotations, args.test_annotations = None, None, (others or [None])[0]
-            args.dataset = None if others else args.dataset
+            args.dataset = None if others or args.dataset == saved["dataset"] else args.dataset
     for name, value in vars(args).items():
         least = int(name in ("epochs", "batch_size", "image_size"))
         if type(value) in (int, float) and not least <= value < 2**31:
@@ -826,12 +834,11 @@ if __name__ == "__main__":
     args.weights = "none" if args.strategy == "scratch" else args.weights
     if not args.weights and (args.backbone or args.arch in TORCHVISION):
         args.weights = next(iter(models.get_model_weights(args.backbone or args.arch))).name
-    if args.learning_rate is None:
+    learning_rate = args.learning_rate
+    if learning_rate is None:
         family = next(name for name in PER_IMAGE if args.arch.startswith(name))
-        args.learning_rate = 1e-4 if args.optimizer == "adam" else PER_IMAGE[family] * args.batch_size
+        learning_rate = 1e-4 if args.optimizer == "adam" else PER_IMAGE[family] * args.batch_size
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    if args.workers is None:
-        args.workers = CORES if device.type == "cuda" else min(CORES, 4)
     torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("high")
     # the new layers of a chain must not be those that its source, often of the same seed, began with
@@ -884,7 +891,7 @@ if __name__ == "__main__":
     print(f"{args.arch}, {args.strategy}: {count:,} of {total:,} parameters are trained, {frozen}, on {device}")
 
     # TRY NOT TO MODIFY: the run's folder and logs
-    name = os.path.basename(os.path.normpath(args.dataset or args.annotations or folder)).removesuffix(".json")
+    name = os.path.basename(os.path.abspath(args.dataset or args.annotations or folder)).removesuffix(".json")
     run_dir = os.path.join(args.logdir, f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}")
     path = os.path.join(run_dir, f"{args.exp_name}.pt")
     if args.resume:
@@ -899,8 +906,9 @@ if __name__ == "__main__":
     writer = SummaryWriter(run_dir, purge_step=epoch + 1 if args.resume else None)
     table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", epoch)
-    rows = "".join(f'"{image["file_name"]}",{image["split"]}\n' for image in coco.imgs.values())
-    write_file(os.path.join(run_dir, "split.csv"), lambda file: file.write(f"path,split\n{rows}".encode()))
+    rows = io.StringIO()
+    csv.writer(rows).writerows([["path", "split"], *([i["file_name"], i["split"]] for i in coco.imgs.values())])
+    write_file(os.path.join(run_dir, "split.csv"), lambda file: file.write(rows.getvalue().encode()))
 
     def save() -> None:
         writer.flush()  # first: a kill right after the checkpoint must not cost the points before it
@@ -925,6 +933,7 @@ if __name__ == "__main__":
     try:
         save()
         while epoch < args.epochs and not 0 < args.patience <= stale:
+            shutil.rmtree(os.path.join(run_dir, "detections", "test"), ignore_errors=True)  # of fewer epochs
             model.train()
             for module in in_evaluation:
                 module.eval()
@@ -934,7 +943,7 @@ if __name__ == "__main__":
             for step, (images, targets, _) in enumerate(read_batches(args, data, ids["train"], device, epoch), 1):
                 warmed = (epoch * updates + step) / max(min(args.warmup_iterations, updates), 1)
                 for group in optimizer.param_groups:
-                    group["lr"] = args.learning_rate * min(1.0, warmed) * 0.1**drops
+                    group["lr"] = learning_rate * min(1.0, warmed) * 0.1**drops
                 if len(images) > args.arch.startswith("ssdlite"):
                     losses = model(images, targets)
                     losses["loss"] = torch.stack(list(losses.values())).sum()

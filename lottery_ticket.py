@@ -108,10 +108,8 @@ BOUNDS = {
     "weight_decay": (0, 1),
 }  # fmt: skip
 # What runs of one arm may differ in
-FREE = (
-    "seed source_seed source_run cuda amp compile workers logdir track dataset data_dir rounds tickets save_networks "
-)
-FREE += "report out"
+FREE = """seed source_seed source_run cuda amp compile workers logdir track dataset data_dir rounds tickets
+    save_networks report out"""
 pyplot.switch_backend("Agg")
 Image.MAX_IMAGE_PIXELS = 2**27  # Pillow refuses images of twice as many, and warns of smaller ones
 
@@ -615,7 +613,9 @@ def report(folders: list[str], out: str) -> None:
     """Print a table per target and draw its picture, lottery_TARGET.png."""
     os.makedirs(out, exist_ok=True)
     for target, arms in sorted(read_runs(folders).items()):
-        arms = dict(sorted(arms.items(), key=lambda item: (item[0] != "dense", not item[0].startswith("own"), item[0])))
+        arms = dict(
+            sorted(arms.items(), key=lambda item: (item[0][:5] != "dense", not item[0].startswith("own"), item[0]))
+        )
         runs = {arm: [rows for _, rows in group] for arm, group in arms.items()}
         labels = [f"{arm}, n = {len(group)}" for arm, group in runs.items()]
 
@@ -633,10 +633,14 @@ def report(folders: list[str], out: str) -> None:
         for arm, group in runs.items():
             cells = [arm]
             for measure in ("val_accuracy", "test_accuracy"):
-                best = max(sorted(set.intersection(*map(set, group))), key=lambda r: np.mean(at(arm, r, measure)))
+                best = max(
+                    sorted(set.intersection(*map(set, group)) or set().union(*group)),
+                    key=lambda r: np.mean(at(arm, r, measure)),
+                )
                 cells.append(f"{shown(at(arm, best, 'test_accuracy'))} ({np.mean(at(arm, best, 'sparsity')):.3f})")
             settings = arms[arm][0][0]
             as_published = settings["control"] in ("none", "dense") and settings["train_fraction"] == 1
+            as_published &= "-of-" not in settings["arm"]
             source = settings.get("source_dataset") or re.split("[ -]", arm)[0]
             lines.append([*cells, published.get(source, "–") if as_published else "–"])
         head = ["best ticket (its sparsity)", "chosen on validation", "highest on test, as published", "published"]
@@ -757,7 +761,7 @@ if __name__ == "__main__":
         settings |= {"source_dataset": source["dataset"], "source_seed": source["seed"], "source_run": run_of_tickets}
     if os.path.isfile(checkpoint):
         state = load_file(checkpoint, tuple(state))
-        free = FREE.replace("source_seed source_run", "epochs patience milestones" if args.resume else "")
+        free = FREE.replace("seed source_seed source_run", "epochs patience milestones" if args.resume else "")
         if differing := difference(json.loads(json.dumps(settings)), read_settings(run_dir), free):
             fail(f"{run_dir} was made with other flags: {differing}; another --exp-name makes another run")
     text = json.dumps(settings, indent=1)

@@ -133,11 +133,11 @@ class Run:
     def lacks(self, metric: str) -> str:
         """Why its curve of `metric` is not complete, "" if it is."""
         steps = self.curves[metric][:, 0]
+        if (last := steps.max(initial=0)) < 0.99 * self.total:
+            return f"incomplete, {last:,.0f} of {self.total:,} steps"
         if len(steps) < 2:
             return f"it has {len(steps)} points of {metric}, at least 2 are needed"
-        if not np.isfinite(self.curves[metric]).all():
-            return f"not all of {metric} is finite"
-        return "" if steps[-1] >= 0.99 * self.total else f"incomplete, {steps[-1]:,.0f} of {self.total:,} steps"
+        return "" if np.isfinite(self.curves[metric]).all() else f"not all of {metric} is finite"
 
 
 # Flags in which runs, and the sources that they began from, may differ: they do not change what is learned ...
@@ -189,6 +189,7 @@ def read_run(folder: str, tags: list[str]) -> Run:
         mode, source = "fine-tuning", game(flags["pretrained_env_id"])
         mode = "only-head" if logged["freeze_features"] == "True" else mode
         mode = "hybrid" if logged["pretrained_head"] != "None" else mode
+        mode += ", of a transferred run" if mode != "hybrid" and logged["pretrained_pretrained"] != "None" else ""
         mode += ", head kept" if logged["keep_head"] == "True" else ""
         mode += f", {logged['head_fraction']} of the head" if float(flags.get("head_fraction", 0)) else ""
     identity = algorithm, mode, source, game(flags["env_id"]), int(flags["seed"])
@@ -413,23 +414,25 @@ def plan(args: Args) -> None:
             taken += [] if args.source_args else starts[-1:]
             missing += [] if starts else [f"{origin}, {needed}, seed {seed}"]
             command += [f"--{flag.replace('_', '-')}", *(run.checkpoint for run in starts[-1:])]
-            folders = [
-                run.checkpoint.split("/")[-2] for run in starts
-            ]  # who began from another network is another experiment
+            folders = [run.checkpoint.split("/")[-2] for run in starts]
+            # what began from another network is another experiment
             mine = [run for run in mine if any(folder in run.flags[flag] for folder in folders)]
         complete = [run for run in mine if not run.lacks(args.metric)]
-        taken += complete[-1:]
+        taken += complete[-1:] or mine[-1:]
         if not mine:
             commands.append(command + ["--freeze-features"] * (mode == "only-head") + shlex.split(args.args))
         elif not complete:
+            if not (why := mine[-1].lacks(args.metric)).startswith("incomplete"):
+                sys.exit(f"{mine[-1].checkpoint} has ended, but: {why}")
             commands.append(["python", args.script, "--resume", mine[-1].checkpoint])
     if missing:
         sys.exit(f"--logdir {args.logdir} lacks complete runs: {'; '.join(dict.fromkeys(missing))}")
     if names := differences(taken):
         sys.exit(
-            f"--logdir {args.logdir}: runs that fit differ in {', '.join(names)}: give it in --args or --source-args"
+            f"--logdir {args.logdir}: runs that fit differ in {', '.join(names)}: say it in --args or --source-args"
         )
-    print(f"{len({run.checkpoint for run in taken})} complete runs are taken as they are", file=sys.stderr)
+    complete = {run.checkpoint for run in taken if not run.lacks(args.metric)}
+    print(f"{len(complete)} complete runs are taken as they are", file=sys.stderr)
     print("".join(f"{shlex.join(command)}\n" for command in commands), end="")
 
 

@@ -484,7 +484,7 @@ def test_early_stopping_and_the_best_weights(folder, weights, tmp_path):
     refused = run(SCRIPT, "--resume", path, "--arch", "vgg11", "--patience", 3, cwd=tmp_path, check=False).stderr
     assert "is of --arch resnet18, not vgg11" in refused
     refused = run(SCRIPT, "--resume", path, "--optimizer", "adam", cwd=tmp_path, check=False).stderr
-    assert "--optimizer adam: " in refused and "goes on with None" in refused
+    assert "--optimizer adam: " in refused and "the run has None (None: the default)" in refused
     # another learning rate is at work: none, so nothing moves
     more = ["--patience", 3, "--learning-rate", 0, "--weight-decay", 0.5]
     run(SCRIPT, "--resume", path, *more, cwd=tmp_path)
@@ -542,6 +542,11 @@ def test_evaluate_predict_and_saliency(trained, folder, tmp_path):
     assert "on 12 test images: test/loss" in out and f"test/top1 {top1:.4f}" in out
     with Image.open(path / "saliency.png") as image:
         assert np.asarray(image.convert("L")).std() > 20
+    shutil.copytree(folder, tmp_path / "moved")
+    moved = run(SCRIPT, "--evaluate", path, "--data-dir", tmp_path / "moved", cwd=folder).stdout
+    assert "on 12 test images: test/loss" in moved and f"test/top1 {top1:.4f}" in moved
+    refused = run(SCRIPT, "--evaluate", path, "--label-column", "shape", "--metadata", "x.csv", cwd=folder, check=False)
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
     # images that the run has never seen, without the data that it was trained on
     rng = np.random.default_rng(1)
     for kind in ("disc", "unknown"):

@@ -114,7 +114,7 @@ def analyse() -> None:
                 pattern[arm, kind][seed].append((pairs[-1][0] / pairs[-1][1] - 1, pairs[-1][2]))
                 points.append((arm, late(origin, "dead_units"), late(origin, "feature_rank"), pairs[-1][2]))
                 more = [late(curve, name) - late(old, name) for name in COLUMNS[2:]]
-                gains[arm, kind.split(",")[0]].append([pattern[arm, kind][seed][-1][0], *points[-1][1:3], *more])
+                gains[arm, kind].append([pattern[arm, kind][seed][-1][0], *points[-1][1:3], *more])
             if pairs:
                 new, old, difference = np.array(pairs).T
                 ratio, low, high = relative_change(new, old)
@@ -134,7 +134,7 @@ def analyse() -> None:
     print("The same, minus that of the same seed with terminals stored:\n")
     rows = []
     for (arm, kind), seeds in pattern.items():
-        both = sorted(set(seeds) & set(pattern["correct", kind])) if arm != "correct" else []
+        both = sorted(set(seeds) & set(pattern.get(("correct", kind), ()))) if arm != "correct" else []
         if both:
             mine, theirs = (np.array([np.mean(pattern[key, kind][seed], axis=0) for seed in both])
                             for key in (arm, "correct"))  # fmt: skip
