@@ -128,9 +128,9 @@ def analyse() -> None:
     for (arm, kind), seeds in pattern.items():
         ratios, differences = np.array([np.mean(values, axis=0) for values in seeds.values()]).T
         negative = np.array([value for values in seeds.values() for value, _ in values])
-        share = f"{(negative < 0).sum()} of {len(negative)}"
+        share = f"{(negative < 0).sum()} of {len(negative)}, {(ratios < 0).sum()} of {len(ratios)}"
         rows.append([ARMS[arm][0], kind, str(len(seeds)), share, interval(ratios), interval(differences)])
-    print_table(["terminals", "transfer", "seeds", "runs with R < 0", "R", "late difference"], rows)
+    print_table(["terminals", "transfer", "seeds", "R < 0: runs, seeds", "R", "late difference"], rows)
     print("The same, minus that of the same seed with terminals stored:\n")
     rows = []
     for (arm, kind), seeds in pattern.items():
