@@ -110,17 +110,9 @@ BOUNDS = {
 
 
 # What --resume cannot change: the state would not fit, or the run be two experiments
-FIXED = [
-    "env_id",
-    "seed",
-    "exp_name",
-    "repeat_action_probability",
-    "full_action_space",
-    "life_loss_terminal",
-    "maxpool",
-]
-FIXED += ["double", "dueling", "architecture", "narrow", "gamma", "terminal", "optimizer", "v_optimizer", "pretrained"]
-FIXED += ["pretrained_head", "keep_head", "head_fraction", "freeze_features", "learning_starts", "train_frequency"]
+FIXED = """env_id seed exp_name repeat_action_probability full_action_space life_loss_terminal maxpool double dueling
+    architecture narrow gamma terminal optimizer v_optimizer pretrained pretrained_head keep_head head_fraction
+    freeze_features learning_starts train_frequency""".split()
 
 
 def fail(message: str) -> NoReturn:
