@@ -25,6 +25,8 @@ ARMS = {
     "source_only": ("none in the source", "correct", "no_terminal"),
     "target_only": ("none in the target", "no_terminal", "correct"),
     "slow_target": ("none in both, target network copied a tenth as often", "slow_target", "slow_target"),
+    "frozen_target": ("none in both, target network never copied", "frozen_target", "frozen_target"),
+    "rmsprop": ("none in both, RMSprop", "rmsprop", "rmsprop"),
 }
 
 

@@ -3,12 +3,12 @@
 #   OMP_NUM_THREADS=1 bash results/negative_transfer/run.sh SEED [ARMS [MODES [GAMES]]]
 #
 # Arms are folders of runs/negative: `correct`; `no_terminal`, in which neither the source nor the target has terminal
-# transitions; `source_only` and `target_only`, in which only that one has none; `slow_target`, as `no_terminal` with a
-# target network that is copied a tenth as often.
+# transitions; `source_only` and `target_only`, in which only that one has none; and as `no_terminal` but for one thing,
+# `slow_target` (the target network is copied a tenth as often), `frozen_target` (never) and `rmsprop` (the optimiser).
 # glibc keeps freed memory: a tenth of the time
 export MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=2000000000
 seed=$1
-arms=${2:-"correct no_terminal source_only target_only slow_target"}
+arms=${2:-"correct no_terminal source_only target_only slow_target frozen_target rmsprop"}
 modes=${3:-"scratch fine-tuning only-head"}
 games=${4:-"0 3"}
 flags="--no-double --narrow 4 --learning-rate 1e-3 --learning-starts 1000
@@ -19,11 +19,12 @@ train() { # arm, name, target, flags
   done="$folder/.$2-$3-$seed"
   [ -e "$done" ] && return
   rm -rf "$folder/catch_env-Catch-v$3__$2__${seed}__"*
-  case $1 in no_terminal | target_only | slow_target) terminal="--no-terminal" ;; *) terminal="" ;; esac
-  case $1 in slow_target) period=5000 ;; *) period=500 ;; esac
+  case $1 in correct | source_only) terminal="" ;; *) terminal="--no-terminal" ;; esac
+  case $1 in slow_target) period=5000 ;; frozen_target) period=1000000000 ;; *) period=500 ;; esac
+  case $1 in rmsprop) optimizer=rmsprop ;; *) optimizer=adam ;; esac
   # shellcheck disable=SC2086 # flags are split
   python ddqn_atari.py --env-id "catch_env:Catch-v$3" --exp-name "$2" --logdir "$folder" $flags $terminal \
-    --target-network-frequency $period ${*:4} &&
+    --target-network-frequency $period --optimizer $optimizer ${*:4} &&
     touch "$done"
 }
 
