@@ -100,14 +100,11 @@ SMALL_GAME = {
     "eval_frequency": 5_000, "eval_episodes": 100, "checkpoint_frequency": 10_000,
 }  # fmt: skip
 
-# Smallest and largest value of numeric flags; all others are at least 1
+# Smallest and largest value of numeric flags; fractions are within 0 and 1, all others at least 1
 BOUNDS = {
-    "seed": (0, 2**31 - 1), "num_envs": (0, 4_096), "repeat_action_probability": (0, 1), "learning_rate": (0, 1e9),
-    "v_learning_rate": (0, 1e9), "adam_eps": (0, 1), "gamma": (0, 1), "start_e": (0, 1), "end_e": (0, 1),
-    "exploration_fraction": (0, 1), "learning_starts": (0, 1e18), "eval_frequency": (0, 1e18), "eval_epsilon": (0, 1),
-    "checkpoint_frequency": (0, 1e18), "head_fraction": (0, 1e9), "narrow": (1, 32),
+    "seed": (0, 2**31 - 1), "num_envs": (0, 4_096), "narrow": (1, 32),
+    "learning_starts": (0, 1e18), "eval_frequency": (0, 1e18), "checkpoint_frequency": (0, 1e18),
 }  # fmt: skip
-
 
 # What --resume cannot change: the state would not fit, or the run be two experiments
 FIXED = """env_id seed exp_name repeat_action_probability full_action_space life_loss_terminal maxpool double dueling
@@ -193,16 +190,14 @@ def make_networks(args: Args, num_actions: int) -> tuple[QNetwork, QNetwork]:
     return q_network, v_network
 
 
-@torch.no_grad()
-def td_target(target_network, next_obs, rewards, dones, gamma: float) -> torch.Tensor:
-    """r + gamma V(s'; target) `(B,)`, on which both networks regress (1909.01779, eq. 7-8)."""
-    return rewards + gamma * target_network(next_obs).squeeze(1) * ~dones
-
-
 def learn(batch, gamma: float, q_network, v_network, target_network, optimizer, v_optimizer) -> torch.Tensor:
-    """One update with a `batch` of `Replay.sample`; returns what LOSSES names, float32 `(4,)`."""
+    """One update with a `batch` of `Replay.sample`; returns what LOSSES names, float32 `(4,)`.
+
+    Both Q(s, a) and V(s) regress on r + gamma V(s'; target) (1909.01779, eq. 7-8).
+    """
     obs, actions, rewards, next_obs, dones = batch
-    target = td_target(target_network, next_obs, rewards, dones, gamma)
+    with torch.no_grad():
+        target = rewards + gamma * target_network(next_obs).squeeze(1) * ~dones
     q = q_network(obs).gather(1, actions[:, None]).squeeze(1)
     q_loss = F.smooth_l1_loss(q, target)  # Huber, as in the authors' code
     optimizer.zero_grad()
@@ -307,11 +302,10 @@ class Replay:
 def evaluate(args: Args, envs, q_network: nn.Module, look: Callable, seed: int, gif: str | None) -> dict[str, float]:
     """Play one full game in each of `envs` and return the scalars to log, means over games or over visited states.
 
-    `look` takes stacks and returns the greedy actions and named values, all `(N,)`. `discounted_return` is what really
-    followed, with rewards clipped and cut where training cuts and where a game ends. `dead_units` is the share of
-    hidden units and channels of the last convolution that never fire (Sokar et al., 2023), `feature_norm` and
-    `feature_rank` are of the hidden layer: mean L2 norm, and singular values that make up 99 % of their sum (srank of
-    Kumar et al., 2021).
+    `look` takes stacks and returns greedy actions and named values, all `(N,)`. `discounted_return` is what followed,
+    with rewards clipped and cut where training cuts. `dead_units` is the share of hidden units and channels of the last
+    convolution that never fire (Sokar et al., 2023); of the hidden layer, `feature_norm` is the mean L2 norm and
+    `feature_rank` the singular values that make up 99 % of their sum (srank, Kumar et al., 2021).
     """
     rng, device, layers = np.random.default_rng(seed), next(q_network.parameters()).device, {}
     hooks = [q_network.network[i].register_forward_hook(lambda *io, i=i: layers.update({i: io[2]})) for i in (5, 8)]
@@ -444,7 +438,7 @@ if __name__ == "__main__":
     if args.resume and checkpoint["global_step"] >= args.total_timesteps:
         fail(f"{path} has made its {args.total_timesteps:,} steps; with more --total-timesteps it goes on")
     for name, value in vars(args).items():
-        low, high = BOUNDS.get(name, (1, 10**18))
+        low, high = BOUNDS.get(name, (0, 1) if isinstance(value, float) else (1, 10**18))
         if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must be between {low} and {high}, not {value}")
     if os.path.basename(args.exp_name) != args.exp_name:
@@ -577,9 +571,8 @@ if __name__ == "__main__":
     rb.stage(zeros, zeros, zeros, obs, restarted=playing, playing=playing)  # all begin
     returns, lengths, recent, lives = zeros.copy(), zeros.copy(), deque(maxlen=20), infos.get("lives", zeros)
     duration, eval_envs, previous_step = max(1, args.exploration_fraction * args.total_timesteps), None, global_step
-    window_step = line_step = global_step
-    window_start = line_time = time.perf_counter()
-    line_learned = False  # whether all steps since the last progress line were of learning
+    learning, phase_step, phase_start = False, global_step, time.perf_counter()  # of SPS and ETA
+    line_time = phase_start
 
     def reached(every: int) -> bool:
         return every > 0 and global_step // every > previous_step // every
@@ -632,16 +625,17 @@ if __name__ == "__main__":
                 recent.append(returns[i])
             now = time.perf_counter()
             if refill:
-                window_start = now
                 sums.zero_()
+            if learning != (updates > 0 and not refill):
+                learning, phase_step, phase_start = not learning, global_step, now
+            sps = (global_step - phase_step) / max(now - phase_start, 1e-9)
             if now - line_time > 10:
-                sps = (global_step - line_step) / (now - line_time)
-                seconds = (args.total_timesteps - global_step) / max(sps, 0.01)
-                left = timedelta(seconds=int(seconds)) if line_learned else "once learning"
+                seconds = (args.total_timesteps - global_step) / sps if learning and sps else None
+                left = timedelta(seconds=int(seconds)) if seconds else "once learning"
                 score = f"{np.mean(recent):.2f}" if recent else "none yet"
                 print(f"step {global_step:,}/{args.total_timesteps:,}  SPS {sps:,.0f}  ETA {left}  return {score}  "
                       f"epsilon {epsilon:.3f}{'  refilling the memory' * (refill > 0)}", flush=True)  # fmt: skip
-                line_time, line_step, line_learned = now, global_step, updates > 0 and not refill
+                line_time = now
             if reached(1_000) or finished:
                 *losses, n_updates, max_q, n_states = sums.tolist()  # the only place where logging waits
                 sums.zero_()
@@ -649,13 +643,11 @@ if __name__ == "__main__":
                     fail(f"a loss or value is not finite at step {global_step}: try a smaller --learning-rate")
                 means = {f"losses/{name}": value / n_updates for name, value in zip(LOSSES, losses) if n_updates}
                 means |= {"charts/max_q": max_q / n_states} if n_states else {}
-                means |= {"charts/SPS": (global_step - window_step) / (now - window_start), "charts/epsilon": epsilon}
+                means |= {"charts/SPS": sps, "charts/epsilon": epsilon}
                 for name, value in means.items():
                     writer.add_scalar(name, value, global_step)
-                window_start, window_step = now, global_step
 
             # TRY NOT TO MODIFY: evaluations, from seeds of their own: they do not change the training; checkpoints
-            now = time.perf_counter()
             if reached(args.eval_frequency) or finished:
                 eval_envs = eval_envs or make_envs(args, args.eval_episodes)
                 gif = os.path.join(run_dir, f"eval_{global_step}.gif") if args.capture_video else None
@@ -666,7 +658,6 @@ if __name__ == "__main__":
                       f"{result['episodic_return_std']:.2f} (n = {args.eval_episodes})", flush=True)  # fmt: skip
             if reached(args.checkpoint_frequency) or finished:
                 save()
-            window_start += time.perf_counter() - now  # SPS leaves evaluations out
     except (KeyboardInterrupt, BrokenPipeError):
         # signals often come in pairs, to the process and to its group
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

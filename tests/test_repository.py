@@ -54,7 +54,7 @@ ATARI = ["ddqn_atari", "dqv_atari", "dqv_max_atari"]
 THE_ALGORITHM = {
     "header", "ARCHITECTURES", "Args.double", "Args.dueling", "Args.architecture",
     "Args.learning_rate", "Args.v_learning_rate", "Args.v_optimizer",
-    "Args.start_e", "ALGORITHM", "LOSSES", "QNetwork", "make_networks", "td_target", "td_targets", "learn",
+    "Args.start_e", "ALGORITHM", "LOSSES", "QNetwork", "make_networks", "learn",
     "main: ALGO LOGIC: networks", "main: ALGO LOGIC: target network and optimizers",
     "main: ALGO LOGIC: training, on the device", "main: ALGO LOGIC: update target network",
 }  # fmt: skip

@@ -27,34 +27,6 @@ def approx(values):
     return pytest.approx(np.array(values), abs=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------- targets
-
-
-def constant(*values):
-    return lambda obs: torch.tensor([values]).expand(len(obs), len(values)).requires_grad_()
-
-
-def test_targets_of_constant_networks():
-    online, target = constant(1.0, 5.0, 2.0), constant(10.0, 20.0, 40.0)
-    v, v_target = constant(3.0), constant(7.0)
-    batch = torch.zeros(2, 1), torch.tensor([1.0, -1.0]), torch.tensor([False, True]), 0.5
-    targets = {
-        "DDQN": ddqn.td_target(online, target, *batch, double=True),
-        "DQN": ddqn.td_target(online, target, *batch, double=False),
-        "DQV": dqv.td_target(v_target, *batch),
-        "DQV-Max, Q": dqv_max.td_targets(v, target, *batch)[0],
-        "DQV-Max, V": dqv_max.td_targets(v, target, *batch)[1],
-    }
-    assert {name: values.tolist() for name, values in targets.items()} == {
-        "DDQN": [1 + 0.5 * 20, -1],  # value by the target network, argmax by the online one
-        "DQN": [1 + 0.5 * 40, -1],
-        "DQV": [1 + 0.5 * 7, -1],  # the frozen V, for both networks
-        "DQV-Max, Q": [1 + 0.5 * 3, -1],  # the online V
-        "DQV-Max, V": [1 + 0.5 * 40, -1],  # the frozen Q's maximum
-    }
-    assert not any(values.requires_grad for values in targets.values())
-
-
 # -------------------------------------------------------------------------------------------------------- one update
 
 Q, Q_FROZEN = [[1.0, 0.2], [0.3, 0.9]], [[2.0, 1.0], [1.0, 0.8]]
