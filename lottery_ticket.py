@@ -24,7 +24,7 @@ import re
 import signal
 import sys
 import time
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -35,7 +35,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from matplotlib import pyplot
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -51,7 +52,7 @@ class Args:
     cuda: bool = True  # train on CUDA when there is a GPU
     amp: bool = True  # on CUDA, compute in bfloat16 where that is safe (autocast)
     compile: bool = False  # compile the network (`torch.compile`); pays off in long runs
-    workers: int = 0  # threads that decode the images of a folder, once (0: one a core)
+    workers: int = 0  # threads that decode the images of a folder, once (0: Python's choice)
     logdir: str = "runs"  # folder in which the run's own folder is made, or found again
     resume: str | None = None  # run (folder or checkpoint) to continue with its flags; epochs, rounds may be others
     track: bool = False  # mirror the run to Weights and Biases (`pip install wandb`; set WANDB_PROJECT, WANDB_ENTITY)
@@ -95,23 +96,17 @@ class Args:
 
 
 SPLITS = ("train", "val", "test")
-FOLDERS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}  # of a split
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # that a scheduler gives
+FOLDERS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}  # that stand for a split
 TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion-mnist": datasets.FashionMNIST,
                "mnist": datasets.MNIST}  # fmt: skip
 TICKET = ("mask", "weights", "trained", "meta")
 # Smallest and largest value of numeric flags
-BOUNDS = {
-    "seed": (0, 2**63), "workers": (0, 1024), "image_size": (2, 4096), "train_fraction": (1e-6, 1),
-    "prune_fraction": (1e-6, 0.999), "rounds": (1, 100), "epochs": (1, 10**6), "patience": (0, 10**6),
-    "batch_size": (2, 10**6), "learning_rate": (0, 1e15), "lr_decay": (0, 1), "momentum": (0, 1),
-    "weight_decay": (0, 1),
-}  # fmt: skip
+BOUNDS = {"seed": (0, 2**63), "workers": (0, 1024), "image_size": (2, 4096), "train_fraction": (1e-6, 1),
+          "prune_fraction": (1e-6, 0.999), "rounds": (1, 100), "epochs": (1, 10**6), "patience": (0, 10**6),
+          "batch_size": (2, 10**6), "learning_rate": (0, 1e15), "lr_decay": (0, 1), "momentum": (0, 1),
+          "weight_decay": (0, 1)}  # fmt: skip
 # What runs of one arm may differ in
-FREE = """seed source_seed source_run cuda amp compile workers logdir track dataset data_dir rounds tickets
-    save_networks report out"""
-pyplot.switch_backend("Agg")
-Image.MAX_IMAGE_PIXELS = 2**27  # Pillow refuses images of twice as many, and warns of smaller ones
+FREE = "seed source_seed source_run cuda amp compile workers logdir track dataset data_dir rounds tickets save_networks"
 
 
 def fail(message: str) -> None:
@@ -132,8 +127,7 @@ def save_atomically(path: str, write) -> None:
     except (OSError, RuntimeError) as error:
         fail(f"cannot write {path}: {error}")
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def save_table(path: str, rows: list[dict]) -> None:
@@ -159,8 +153,6 @@ def open_image(path: str, side: int) -> torch.Tensor:
     """The image upright, its shorter side resized to `side` and the middle cut out: uint8 `(side, side, 3)`."""
     with Image.open(path) as image:
         image.draft("RGB", (2 * side, 2 * side))  # JPEGs are decoded at the fraction that suffices
-        if side**2 * max(image.size) > 2**28 * min(image.size):
-            raise ValueError(f"{image.width} x {image.height} pixels are too long")
         if image.mode[0] in "IF":
             raise ValueError(f"mode {image.mode}, while 8 bits a channel are expected")
         image = ImageOps.exif_transpose(image)
@@ -171,21 +163,17 @@ def open_image(path: str, side: int) -> torch.Tensor:
     return v2.Compose([v2.Resize(side), v2.CenterCrop(side), v2.PILToTensor()])(image).permute(1, 2, 0)
 
 
-def read_folder(args: Args, folder: str) -> tuple[list[str], dict, list[dict]]:
-    """What load_data returns of a folder per class, or of train/ and perhaps val/ and test/ with those."""
+def read_folder(folder: str, side: int, workers: int) -> tuple[list[tuple[str, str, int]], torch.Tensor]:
+    """(path, class, number of the split) and pixels of every image; of a folder per class, or of splits with those."""
     names = [name for name in FOLDERS if os.path.isdir(os.path.join(folder, name))]
-    given = {FOLDERS[name]: name for name in names} if "train" in names[:-1] else {0: ""}
-    if given != {0: ""} and len(given) < len(names):
-        fail(f"--dataset folder:{folder}: two of {', '.join(names)} are for validation")
+    names = names if "train" in names[:-1] else [""]
     try:
-        roots = {i: datasets.ImageFolder(os.path.join(folder, name)) for i, name in given.items()}
+        roots = {name: datasets.ImageFolder(os.path.join(folder, name)) for name in names}
     except OSError as error:
         fail(f"--dataset folder:{folder}: {error}")
-    found = [(path, root.classes[label], i) for i, root in roots.items() for path, label in root.samples]
-    found.sort(key=lambda image: (image[0].count(os.sep), image[0]), reverse=True)
-    found = sorted({os.path.realpath(image[0]): image for image in found}.values())  # links may lead there twice
-    side, unreadable = round(args.image_size * 8 / 7), {}  # with a margin for crops
-    pixels = torch.zeros(len(found), side, side, 3, dtype=torch.uint8)
+    found = [(path, root.classes[i], FOLDERS.get(name, 0)) for name, root in roots.items() for path, i in root.samples]
+    found.sort()
+    pixels, unreadable = torch.zeros(len(found), side, side, 3, dtype=torch.uint8), {}
 
     def read(i: int) -> None:
         try:
@@ -193,55 +181,48 @@ def read_folder(args: Args, folder: str) -> tuple[list[str], dict, list[dict]]:
         except Exception as error:  # Pillow's plugins raise whatever their formats make them
             unreadable[i] = f"{found[i][0]}: {error}"
 
-    with ThreadPoolExecutor(args.workers or CORES) as pool:  # Pillow does without the interpreter's lock
+    with ThreadPoolExecutor(workers or None) as pool:  # Pillow does without the interpreter's lock
         list(pool.map(read, range(len(found))))
     if unreadable:
         print(f"{len(unreadable):,} images cannot be read and are left out:", *unreadable.values(), sep="\n    ")
-        readable = [i for i in range(len(found)) if i not in unreadable]
-        found, pixels = [found[i] for i in readable], pixels[readable]
-    classes = sorted({name for _, name, _ in found})
-    labels = torch.tensor([classes.index(name) for _, name, _ in found])
-    split = torch.tensor([i for *_, i in found])
-    train = (split == 0).nonzero()[:, 0]  # of which a tenth each goes to the splits that have no folder
-    rank, _, tenth = rank_in_class(labels[train], random_stream(args.seed, "split"))
-    for n, i in enumerate(i for i in (2, 1) if i not in given):
-        split[train[(rank >= n * tenth) & (rank < (n + 1) * tenth)]] = i
-    members = {name: (split == i).nonzero()[:, 0] for i, name in enumerate(SPLITS)}
-    if len(classes) < 2 or any(len(labels[chosen].unique()) < len(classes) for chosen in members.values()):
-        fail(f"--dataset folder:{folder}: two classes or more are needed, each with images in train, val and test")
-    parts = {name: (pixels[chosen], labels[chosen]) for name, chosen in members.items()}
-    rows = [{"path": os.path.relpath(found[i][0], folder), "split": name, "class": found[i][1]}
-            for name in SPLITS for i in members[name].tolist()]  # fmt: skip
-    return classes, parts, rows
+    readable = [i for i in range(len(found)) if i not in unreadable]
+    return [found[i] for i in readable], pixels[readable]
 
 
 def load_data(args: Args) -> tuple[list[str], dict[str, tuple[torch.Tensor, torch.Tensor]], list[dict]]:
     """Class names, {split: (images uint8 `(N, S, S, C)`, labels int64 `(N,)`)} and split.csv of a folder."""
+    found = []
     if args.dataset.startswith("folder:"):
-        args.image_size = args.image_size or 224
-        classes, parts, rows = read_folder(args, args.dataset.removeprefix("folder:"))
+        folder, args.image_size = args.dataset.removeprefix("folder:"), args.image_size or 224
+        found, pixels = read_folder(folder, round(args.image_size * 8 / 7), args.workers)  # with a margin for crops
+        classes = sorted({name for _, name, _ in found})
+        labels = torch.tensor([classes.index(name) for _, name, _ in found])
+        split = torch.tensor([i for *_, i in found])
     elif args.dataset in TORCHVISION:
-        parts, rows = {}, []
         try:
-            for split in ("train", "test"):
-                found = TORCHVISION[args.dataset](args.data_dir, train=split == "train", download=args.download)
-                images = torch.as_tensor(found.data)
-                parts[split] = images if images.ndim == 4 else images[..., None], torch.as_tensor(found.targets)
+            parts = [TORCHVISION[args.dataset](args.data_dir, train, download=args.download) for train in (True, False)]
         except (RuntimeError, OSError) as error:
             fail(f"--data-dir {args.data_dir}: {error}")
-        classes, (images, labels) = list(found.classes), parts["train"]
-        args.image_size = args.image_size or images.shape[1]
-        rank, _, tenth = rank_in_class(labels, random_stream(args.seed, "split"))
-        for split, members in (("train", rank >= tenth), ("val", rank < tenth)):
-            parts[split] = images[members], labels[members]
+        labels = torch.cat([torch.as_tensor(part.targets) for part in parts])
+        pixels = torch.cat([torch.as_tensor(part.data) for part in parts])
+        pixels = pixels.view(*pixels.shape[:3], -1)  # grey images get a channel
+        classes, split = list(parts[0].classes), torch.tensor([0] * len(parts[0]) + [2] * len(parts[1]))
+        args.image_size = args.image_size or pixels.shape[1]
     else:
         fail(f"--dataset {args.dataset}: {', '.join(TORCHVISION)} or folder:DIR is expected")
+    train = (split == 0).nonzero()[:, 0]  # of which a tenth each goes to the splits that are not given
+    rank, _, tenth = rank_in_class(labels[train], random_stream(args.seed, "split"))
+    for n, i in enumerate([i for i in (2, 1) if i not in split]):
+        split[train[(rank >= n * tenth) & (rank < (n + 1) * tenth)]] = i
+    members = {name: (split == i).nonzero()[:, 0] for i, name in enumerate(SPLITS)}
+    if len(classes) < 2 or any(len(labels[chosen].unique()) < len(classes) for chosen in members.values()):
+        fail(f"--dataset {args.dataset}: two classes or more are needed, each with images in train, val and test")
+    rows = [{"path": os.path.relpath(found[i][0], folder), "split": name, "class": found[i][1]}
+            for name in SPLITS for i in members[name].tolist() if found]  # fmt: skip
     if args.train_fraction < 1:
-        images, labels = parts["train"]
-        rank, size, _ = rank_in_class(labels, random_stream(args.seed, "fraction"))
-        members = rank < (size * args.train_fraction).round().clamp(min=1)
-        parts["train"] = images[members], labels[members]
-    return classes, parts, rows
+        rank, size, _ = rank_in_class(labels[members["train"]], random_stream(args.seed, "fraction"))
+        members["train"] = members["train"][rank < (size * args.train_fraction).round().clamp(min=1)]
+    return classes, {name: (pixels[chosen], labels[chosen]) for name, chosen in members.items()}, rows
 
 
 class Images:
@@ -254,8 +235,7 @@ class Images:
         if pixels.shape[1] == crop and augment != "none":
             pixels = F.pad(pixels, (0, 0, *[crop // 8] * 4))
         self.span = pixels.shape[1] - crop
-        # (image, top, left, row, column, channel) without a copy: cutting out is one look-up, several times as fast
-        # as one with rows and columns
+        # (image, top, left, row, column, channel) without a copy, so that cutting out is one quick look-up
         self.windows = pixels.unfold(1, crop, 1).unfold(2, crop, 1).permute(0, 1, 2, 4, 5, 3)
 
     def updates(self, batch_size: int) -> int:
@@ -264,10 +244,7 @@ class Images:
         return full + (rest > 1)
 
     def plan_epoch(self, seed: int, epoch: int) -> tuple[torch.Tensor, ...]:
-        """The order of the images `(N,)`, the corners of their crops `(N, 2)` and which are mirrored `(N,)`.
-
-        Only seed and epoch determine them, so that every round and every arm sees the same.
-        """
+        """The order of the images `(N,)`, corners of their crops `(N, 2)` and which are mirrored `(N,)`."""
         generator, n = random_stream(seed, "order", epoch), len(self.labels)
         order = torch.randperm(n, generator=generator)
         corners = torch.randint(0, self.span + 1, (n, 2), generator=generator)
@@ -298,25 +275,23 @@ def pixel_statistics(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 # The networks, all of which end in a linear layer `fc` ---------------------------------------------------------------
 def make_network(arch: str, classes: int, image_size: int, generator, head=None, device="cpu") -> nn.Module:
-    """The network with Xavier-uniform weights; the MLP is LeNet-300-100 (LeCun et al., 1998) on grey images.
-
-    `generator` (for the last layer `head`, if given) draws on the CPU, the same weights for all devices.
-    """
+    """The network with Xavier-uniform weights that `generator` draws on the CPU, or `head` those of the last layer."""
+    network = nn.Sequential()
     if arch in ("resnet50", "resnet18"):
         network = getattr(models, arch)(weights=None, num_classes=classes)
         if image_size <= 64:  # or little would be left of the image after the stem
             network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-    elif arch == "mlp":
-        layers = [nn.AvgPool3d((3, 1, 1)), nn.Flatten(), nn.Linear(image_size**2, 300), nn.ReLU()]  # of grey images
-        trunk = nn.Sequential(*layers, nn.Linear(300, 100), nn.ReLU())
-        network = nn.Sequential(OrderedDict(trunk=trunk, fc=nn.Linear(100, classes)))
+    elif arch == "mlp":  # LeNet-300-100 (LeCun et al., 1998) on grey images
+        layers = [nn.AvgPool3d((3, 1, 1)), nn.Flatten(), nn.Linear(image_size**2, 300), nn.ReLU()]
+        network.trunk = nn.Sequential(*layers, nn.Linear(300, 100), nn.ReLU())
+        network.fc = nn.Linear(100, classes)
     else:
-        widths, layers = [3, 32, 64, 128, 256], []
-        for one, two in zip(widths, widths[1:]):
-            layers += [nn.Conv2d(one, two, 3, 1, 1, bias=False), nn.BatchNorm2d(two), nn.ReLU()]
-            layers += [nn.MaxPool2d(2, ceil_mode=True)]
-        trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        network = nn.Sequential(OrderedDict(trunk=trunk, fc=nn.Linear(widths[-1], classes)))
+        network.trunk = nn.Sequential()
+        for one, two in ((3, 32), (32, 64), (64, 128), (128, 256)):
+            network.trunk.extend([nn.Conv2d(one, two, 3, 1, 1, bias=False), nn.BatchNorm2d(two), nn.ReLU()])
+            network.trunk.append(nn.MaxPool2d(2, ceil_mode=True))
+        network.trunk.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+        network.fc = nn.Linear(256, classes)
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.xavier_uniform_(module.weight, generator=head if head and module is network.fc else generator)
@@ -327,9 +302,7 @@ def make_network(arch: str, classes: int, image_size: int, generator, head=None,
 
 def prunable(network: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that pruning may take: of convolutions and linear layers but the last, whose classes change."""
-    kinds = (nn.Conv2d, nn.Linear)
-    modules = {name: module for name, module in network.named_modules() if isinstance(module, kinds) and name != "fc"}
-    return {f"{name}.weight": module.weight for name, module in modules.items()}
+    return {name: p for name, p in network.named_parameters() if p.ndim > 1 and name != "fc.weight"}
 
 
 # Pruning and training ------------------------------------------------------------------------------------------------
@@ -369,7 +342,7 @@ def random_masks(masks: dict, kind: str, seed: int) -> dict[str, torch.Tensor]:
         ranked = mask.flatten(1).any(dim=1) if kind == "channel" else mask.flatten()
         scores = torch.rand(len(ranked), generator=random_stream(seed, "mask", name))
         kept = keep_largest(scores, int(ranked.sum()))
-        new[name] = kept.view(len(mask), -1).expand(len(mask), mask[0].numel()).reshape(mask.shape)
+        new[name] = kept.view(len(mask), -1).expand_as(mask.flatten(1)).reshape(mask.shape)
     return new
 
 
@@ -380,10 +353,8 @@ def apply_masks(network: nn.Module, masks: dict[str, torch.Tensor]) -> None:
 
 
 def make_optimizer(args: Args, network: nn.Module) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    decayed, rest = ([p for p in network.parameters() if (p.ndim > 1) == several] for several in (True, False))
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     nesterov = args.nesterov and args.momentum > 0
     return torch.optim.SGD(groups, args.learning_rate, momentum=args.momentum, nesterov=nesterov, fused=True)
 
@@ -391,8 +362,7 @@ def make_optimizer(args: Args, network: nn.Module) -> torch.optim.Optimizer:
 def learn(network: nn.Module, optimizer, sparse: tuple[list, list] | None, images, labels, amp: bool) -> torch.Tensor:
     """One update; returns the loss. `sparse`: the pruned weights and their masks in float.
 
-    Weights that are zero, a gradient of zero and an optimizer that never knew another keep what is pruned, and its
-    momentum, at exactly zero: masking weights and momentum too would cost four times as much and change nothing.
+    Gradients of zero keep what is pruned, and its momentum, at exactly zero; masking these too would change nothing.
     """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp and images.is_cuda):
         loss = F.cross_entropy(network(images), labels)
@@ -424,38 +394,30 @@ def log_epoch(writer: SummaryWriter, entry: dict) -> None:
         writer.add_scalar(f"round_{entry['round']:02d}/{name}", entry[name], entry["epoch"])
 
 
-def rewind_steps(text: str, per_epoch: int) -> int:
-    """Updates of `2ep`, `500it` or `1ep20it`."""
-    found = re.fullmatch(r"(?:(\d+)ep)?(?:(\d+)it)?", text) if text else None
-    if not found:
-        fail(f"--rewind {text}: epochs (2ep) or updates (500it) are expected")
-    return int(found[1] or 0) * per_epoch + int(found[2] or 0)
-
-
 def train_round(
-    args: Args, r: int, network: nn.Module, masks: dict, images: dict, step: int, keep_from: int, rounds_to_come: int,
+    args: Args, r: int, network: nn.Module, masks: dict, images: dict, keep_from: int, rounds_to_come: int,
     writer: SummaryWriter, state: dict, checkpoint: str,
 ) -> dict:  # fmt: skip
-    """Train round `r` from update `step` on, or as `state` (of the checkpoint) has it, which is kept up to date.
+    """Train round `r` from its beginning, or from where `state` (the checkpoint's) has it, which is kept up to date.
 
-    Returns {step, best: scalars and weights, start: the weights at update `keep_from`, seconds}.
+    Returns {best: scalars and weights, start: the weights at update `keep_from`, entries: of epochs, seconds}.
     """
     weights, per_epoch, sparse = prunable(network), images["train"].updates(args.batch_size), None
-    total, optimizer = args.epochs * per_epoch, make_optimizer(args, network)
+    step, total, optimizer = keep_from if r > 0 else 0, args.epochs * per_epoch, make_optimizer(args, network)
     if not all(mask.all() for mask in masks.values()):
         # in the memory order of the weights, or multiplying would be slow
-        factors = [torch.empty_like(weight).copy_(masks[name]) for name, weight in weights.items()]
-        sparse = list(weights.values()), factors
-    now = {"round": r, "step": step, "best": {"val_loss": math.inf}, "stale": 0, "start": None, "seconds": 0.0}
+        sparse = list(weights.values()), [torch.empty_like(w).copy_(masks[name]) for name, w in weights.items()]
+    best, start, entries, seconds = {"val_loss": math.inf, "epoch": step // per_epoch}, None, [], 0.0
     if state["round"] and state["round"]["round"] == r:
-        now = state["round"]
-        network.load_state_dict(now["network"])
-        optimizer.load_state_dict(copy.deepcopy(now["optimizer"]))  # it keeps the tensors
-    step, best, stale, start = (now[name] for name in ("step", "best", "stale", "start"))
-    begun, first_step, printed_at = time.perf_counter(), step, -math.inf
+        best, start, entries, seconds = (state["round"][name] for name in ("best", "start", "entries", "seconds"))
+        network.load_state_dict(state["round"]["network"])
+        optimizer.load_state_dict(copy.deepcopy(state["round"]["optimizer"]))  # it keeps the tensors
+        step = entries[-1]["epoch"] * per_epoch
+    for entry in entries:  # the round's events are written anew, so that no point is there twice
+        log_epoch(writer, entry)
+    first_step, printed_at, begun = step, -math.inf, time.perf_counter()
     saved_at = begun
-    while step < total and not (args.patience and stale >= args.patience and step > keep_from):
-        # the learning rate and the images that belong to the epoch
+    while step < total and not (0 < args.patience <= step // per_epoch - best["epoch"] and step > keep_from):
         epoch, first_batch = divmod(step, per_epoch)
         rate = args.learning_rate * args.lr_decay ** sum(epoch >= milestone for milestone in args.milestones)
         for group in optimizer.param_groups:
@@ -482,18 +444,14 @@ def train_round(
             fail(f"the loss is not finite in round {r}, epoch {epoch + 1}: try a lower --learning-rate")
         log_epoch(writer, entry)
         copies = copy.deepcopy({"network": network.state_dict(), "optimizer": optimizer.state_dict()})
-        stale += 1
+        entries = [*entries, entry]
         if entry["val_loss"] < best["val_loss"] or not args.patience:
-            best, stale = entry | {"network": copies["network"]}, 0
-        seconds = now["seconds"] + time.perf_counter() - begun
-        snapshot = {"round": r, "step": step, "best": best, "stale": stale, "start": start, "seconds": seconds}
-        state.update(history=[*state["history"], entry], round=copies | snapshot)
+            best = entry | {"network": copies["network"]}
+        state["round"] = copies | {"round": r, "best": best, "start": start, "entries": entries,
+                                   "seconds": seconds + time.perf_counter() - begun}  # fmt: skip
         if time.perf_counter() - saved_at > 30:
             save_atomically(checkpoint, lambda path: torch.save(state, path))
             saved_at = time.perf_counter()
-    if step > first_step:
-        speed = (step - first_step) * args.batch_size / (time.perf_counter() - begun)
-        writer.add_scalar("charts/images_per_second", speed, r)
     return state["round"]
 
 
@@ -508,29 +466,22 @@ def load_file(path: str, needed: tuple[str, ...]) -> dict:
 
 
 def start_from_ticket(network: nn.Module, path: str, control: str, seed: int) -> dict[str, torch.Tensor]:
-    """Put the ticket, or what `control` has in its place, into a random network; returns the masks.
-
-    The last layer stays as it is, so that it is the same in all arms.
-    """
+    """Put the ticket, or what `control` has in its place, into a random network but its `fc`; returns the masks."""
     ticket = load_file(path, TICKET)
-    masks, kind = ticket["mask"], ticket["meta"]["pruning"]
+    masks, state = ticket["mask"], ticket["trained" if control == "trained" else "weights"]
     if control == "random-mask":
-        masks = random_masks(masks, kind, seed)
+        masks = random_masks(masks, ticket["meta"]["pruning"], seed)
         # the weights that the mask may need and the ticket has pruned
-        ticket = load_file(os.path.join(os.path.dirname(path), "round_00.pt"), TICKET)
-    try:
-        if control != "reinit":
-            last_layer = {name: tensor for name, tensor in network.state_dict().items() if name.startswith("fc.")}
-            network.load_state_dict(ticket["trained" if control == "trained" else "weights"] | last_layer)
-        apply_masks(network, masks)
-    except (KeyError, RuntimeError):
-        fail(f"{path} does not fit the network for images of this size: its layers are others")
+        state = load_file(os.path.join(os.path.dirname(path), "round_00.pt"), TICKET)["weights"]
+    if control != "reinit":
+        network.load_state_dict(state | {f"fc.{name}": value for name, value in network.fc.state_dict().items()})
+    apply_masks(network, masks)
     return masks
 
 
 # Reporting -----------------------------------------------------------------------------------------------------------
-# Table of the paper: test accuracy in % and its standard deviation, and the sparsity of the best ticket
-PUBLISHED_ARMS = ["dense", "cifar10", "cifar100", "fashion-mnist", "own"]
+# Table of the paper: test accuracy in %, its standard deviation and the best ticket's sparsity, of the unpruned network
+# and of tickets of CIFAR-10, CIFAR-100, Fashion-MNIST and the target itself
 PUBLISHED = {
     "human-lba": "71.85 ± 1.12, 79.17 ± 1.85 (.945), 76.97 ± .73 (.79), 77.32 ± 1.85 (.886), 81.72 ± .39 (.832)",
     "lung-tissues": "84.75 ± .81, 88.90 ± 1.97 (.977), 87.61 ± .90 (.977), 87.61 ± .11 (.672), 90.48 ± .16 (.965)",
@@ -549,8 +500,8 @@ def mean_and_half(shares: list[float]) -> tuple[float, float]:
 
 
 def shown(shares: list[float]) -> str:
-    mean, half = mean_and_half(shares) if shares else (math.nan, 0.0)
-    return f"{mean:.2f} ± {half:.2f}" if half else f"{mean:.2f}".replace("nan", "–")
+    mean, half = mean_and_half(shares)
+    return f"{mean:.2f} ± {half:.2f}" if half else f"{mean:.2f}"
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:
@@ -560,9 +511,9 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 def read_settings(run_dir: str) -> dict:
     try:
         settings = json.loads(Path(run_dir, "hyperparameters.json").read_text())
-        return settings | {name: settings[name] for name in ("target", "arm", "arch", "seed", "control", "exp_name")}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         fail(f"{run_dir} is not a run of this script: {error!r} in hyperparameters.json")
+    return settings if "arm" in settings else fail(f"{run_dir}/hyperparameters.json is not of a run of this script")
 
 
 def difference(one: dict, other: dict, free: str = FREE) -> str:
@@ -571,34 +522,35 @@ def difference(one: dict, other: dict, free: str = FREE) -> str:
     return ", ".join(sorted(name for name in names if one[name] != other[name]))
 
 
-def read_runs(folders: list[str]) -> dict[str, dict[str, list[tuple[dict, dict[int, dict]]]]]:
-    """{target: {arm: [(settings, {round: row}) of every seed]}}"""
-    found = defaultdict(lambda: defaultdict(list))
+def read_runs(folders: list[str]) -> dict[str, dict[str, tuple[list[dict], dict[int, dict[str, list[float]]]]]]:
+    """{target: {arm: (settings of every seed, {round: {column: a value for every seed}})}}"""
+    found = defaultdict(dict)
     paths = sorted({path.resolve() for folder in folders for path in Path(folder).rglob("results.csv")})
     several = len({read_settings(path.parent)["arch"] for path in paths}) > 1
     for path in paths:
         settings = read_settings(path.parent)
-        experiment = "" if settings["exp_name"] == Args.exp_name else f" ({settings['exp_name']})"
-        experiment += f" ({settings['arch']})" * several
-        group = found[settings["target"]][settings["arm"] + experiment]
-        if settings["seed"] in [other["seed"] for other, _ in group]:
+        arm = settings["arm"] + f" ({settings['exp_name']})" * (settings["exp_name"] != Args.exp_name)
+        arm += f" ({settings['arch']})" * several
+        runs, curve = found[settings["target"]].setdefault(arm, ([], {}))
+        if settings["seed"] in [other["seed"] for other in runs]:
             fail(f"{path}: there is another run of the same arm and seed")
-        if group and (differing := difference(group[0][0], settings)):
+        if runs and (differing := difference(runs[0], settings)):
             fail(f"{path} and another run of the same arm differ in {differing}")
+        runs.append(settings)
         with open(path, newline="") as file:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        group.append((settings, {int(row["round"]): row for row in rows}))
+            for row in csv.DictReader(file):
+                columns = curve.setdefault(int(row["round"]), defaultdict(list))
+                for name, value in row.items():
+                    columns[name].append(float(value))
     if not found:
         fail(f"--report {' '.join(folders)}: no runs with results there")
     return found
 
 
-def plot_accuracy(axes, label: str, runs: list[dict[int, dict]], measure: str = "test_accuracy") -> None:
+def plot_accuracy(axes, label: str, curve: dict[int, dict[str, list]], measure: str = "test_accuracy") -> None:
     """Mean of the runs and its 95 % interval against the weights that are left."""
-    rounds = sorted(set().union(*runs))
-    rows = [[rows[r] for rows in runs if r in rows] for r in rounds]
-    left = [100 * (1 - np.mean([row["sparsity"] for row in group])) for group in rows]
-    means, halves = np.array([mean_and_half([row[measure] for row in group]) for group in rows]).T
+    left = [100 * (1 - np.mean(curve[r]["sparsity"])) for r in sorted(curve)]
+    means, halves = np.array([mean_and_half(curve[r][measure]) for r in sorted(curve)]).T
     if label.startswith("dense"):  # there is one, to be compared with all sparsities
         axes.axhline(means[0], color="black", linestyle="--", label=label)
         axes.axhspan(means[0] - halves[0], means[0] + halves[0], color="black", alpha=0.1, linewidth=0)
@@ -613,66 +565,55 @@ def report(folders: list[str], out: str) -> None:
     """Print a table per target and draw its picture, lottery_TARGET.png."""
     os.makedirs(out, exist_ok=True)
     for target, arms in sorted(read_runs(folders).items()):
-        arms = dict(
-            sorted(arms.items(), key=lambda item: (item[0][:5] != "dense", not item[0].startswith("own"), item[0]))
-        )
-        runs = {arm: [rows for _, rows in group] for arm, group in arms.items()}
-        labels = [f"{arm}, n = {len(group)}" for arm, group in runs.items()]
-
-        def at(arm: str, r: int, measure: str) -> list[float]:
-            return [rows[r][measure] for rows in runs[arm] if r in rows]
-
+        arms = dict(sorted(arms.items(), key=lambda item: (item[0][:5] != "dense", item[0][:3] != "own", item[0])))
+        curves = {f"{arm}, n = {len(runs)}": curve for arm, (runs, curve) in arms.items()}
         print(f"### {target}: test accuracy in %, mean ± half of the 95 % interval over seeds\n")
-        lines = []
-        for r in sorted({r for group in runs.values() for rows in group for r in rows}):
-            sparsities = sorted({f"{value:.3f}" for arm in runs for value in at(arm, r, "sparsity")})
-            lines.append([str(r), " / ".join(sparsities), *(shown(at(arm, r, "test_accuracy")) for arm in runs)])
-        print_table(["round", "sparsity", *labels], lines)
+        rows = []
+        for r in sorted(set().union(*curves.values())):
+            sparsities = {f"{value:.3f}" for curve in curves.values() if r in curve for value in curve[r]["sparsity"]}
+            accuracies = [shown(curve[r]["test_accuracy"]) if r in curve else "–" for curve in curves.values()]
+            rows.append([str(r), " / ".join(sorted(sparsities)), *accuracies])
+        print_table(["round", "sparsity", *curves], rows)
         published = PUBLISHED.get(re.sub(r"[\s_]+", "-", target.lower()), "").split(", ")
-        published, lines = dict(zip(PUBLISHED_ARMS, published)), []
-        for arm, group in runs.items():
-            cells = [arm]
-            for measure in ("val_accuracy", "test_accuracy"):
-                best = max(
-                    sorted(set.intersection(*map(set, group)) or set().union(*group)),
-                    key=lambda r: np.mean(at(arm, r, measure)),
-                )
-                cells.append(f"{shown(at(arm, best, 'test_accuracy'))} ({np.mean(at(arm, best, 'sparsity')):.3f})")
-            settings = arms[arm][0][0]
-            as_published = settings["control"] in ("none", "dense") and settings["train_fraction"] == 1
-            as_published &= "-of-" not in settings["arm"]
-            source = settings.get("source_dataset") or re.split("[ -]", arm)[0]
-            lines.append([*cells, published.get(source, "–") if as_published else "–"])
+        published, rows = dict(zip(["dense", "cifar10", "cifar100", "fashion-mnist", "own"], published)), []
+        for arm, (_, curve) in arms.items():
+            most = max(len(columns["sparsity"]) for columns in curve.values())
+            complete = [curve[r] for r in sorted(curve) if len(curve[r]["sparsity"]) == most]  # rounds of all seeds
+            cells = []
+            for name in ("val_accuracy", "test_accuracy"):
+                best = max(complete, key=lambda columns: np.mean(columns[name]))
+                cells.append(f"{shown(best['test_accuracy'])} ({np.mean(best['sparsity']):.3f})")
+            source = re.fullmatch(r"(.+?)(-global|-channel)?( \(.+\))?", arm)[1]  # controls are not published
+            rows.append([arm, *cells, published.get(source, "–")])
         head = ["best ticket (its sparsity)", "chosen on validation", "highest on test, as published", "published"]
-        print_table(head, lines)
-        figure, axes = pyplot.subplots(figsize=(8.5, 4.2), layout="constrained")
-        for label, group in zip(labels, runs.values()):
-            plot_accuracy(axes, label, group)
+        print_table(head, rows)
+        figure = Figure(figsize=(8.5, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for label, curve in curves.items():
+            plot_accuracy(axes, label, curve)
         axes.set_title(target)
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        save_figure(figure, os.path.join(out, f"lottery_{target}.png".replace(" ", "_")))
-
-
-def save_figure(figure, path: str) -> None:
-    save_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
-    pyplot.close(figure)
+        picture = os.path.join(out, f"lottery_{target}.png".replace(" ", "_"))
+        save_atomically(picture, lambda path: figure.savefig(path, format="png"))
 
 
 def draw_curves(run_dir: str, rows: list[dict], history: list[dict]) -> None:
     """curves.png: the losses of every round by epoch, and accuracy against the weights that are left."""
-    figure, (losses, accuracies) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
     for row in rows:
         entries = [entry for entry in history if entry["round"] == row["round"]]
-        epochs, color = [entry["epoch"] for entry in entries], pyplot.cm.viridis(row["sparsity"])
+        epochs, color = [entry["epoch"] for entry in entries], colormaps["viridis"](row["sparsity"])
         losses.plot(epochs, [entry["train_loss"] for entry in entries], color=color, linestyle=":")
         losses.plot(epochs, [entry["val_loss"] for entry in entries], color=color, label=f"round {row['round']}")
     losses.set(xlabel="epoch", ylabel="loss", yscale="log", title="dotted: training, solid: validation")
+    curve = {row["round"]: {name: [value] for name, value in row.items()} for row in rows}
     for split in ("val", "test"):
-        plot_accuracy(accuracies, split, [{row["round"]: row for row in rows}], f"{split}_accuracy")
+        plot_accuracy(accuracies, split, curve, f"{split}_accuracy")
     accuracies.set_title(os.path.basename(run_dir), fontsize=8)
     for axes in (losses, accuracies):
         axes.legend(fontsize=6, ncols=2)
-    save_figure(figure, os.path.join(run_dir, "curves.png"))
+    save_atomically(os.path.join(run_dir, "curves.png"), lambda path: figure.savefig(path, format="png"))
 
 
 if __name__ == "__main__":
@@ -697,9 +638,7 @@ if __name__ == "__main__":
     if args.tickets:
         for path in sorted(map(str, Path(args.tickets).glob("round_*.pt"))) or [args.tickets]:
             source = load_file(path, TICKET)["meta"]
-            tickets |= {source["round"]: path} if source["round"] < args.rounds else {}
-        if not tickets:
-            fail(f"--tickets {args.tickets}: --rounds {args.rounds} leaves none of them")
+            tickets[source["round"]] = path
         for name in ("arch", "pruning", "rewind"):
             if getattr(args, name) not in (None, source[name]):
                 fail(f"--{name} {getattr(args, name)}: {args.tickets} has {source[name]}")
@@ -722,27 +661,27 @@ if __name__ == "__main__":
 
     # Data
     classes, parts, split_rows = load_data(args)
-    sizes = [len(parts[split][1]) for split in SPLITS]
-    parts = {split: tuple(tensor.contiguous().to(device) for tensor in parts[split]) for split in SPLITS}
+    parts = {split: [tensor.contiguous().to(device) for tensor in parts[split]] for split in SPLITS}
     moments = pixel_statistics(parts["train"][0])
     crop = args.image_size if split_rows else parts["train"][0].shape[1]  # folders were read with a margin for crops
     augment = {"train": args.augment, "val": "none", "test": "none"}
     images = {split: Images(*parts[split], moments, crop, args.image_size, augment[split]) for split in SPLITS}
     per_epoch = images["train"].updates(args.batch_size)
-    keep_from = 0 if tickets else rewind_steps(args.rewind, per_epoch)
+    rewind = re.fullmatch(r"(?=.)(?:(\d+)ep)?(?:(\d+)it)?", args.rewind)
+    if not rewind:
+        fail(f"--rewind {args.rewind}: epochs (2ep) or updates (500it) are expected")
+    keep_from = 0 if tickets else int(rewind[1] or 0) * per_epoch + int(rewind[2] or 0)
     if keep_from >= args.epochs * per_epoch:
         fail(f"--rewind {args.rewind} is {keep_from:,} updates, and a round has {args.epochs * per_epoch:,}")
 
     # TRY NOT TO MODIFY: the run's folder, which one process at a time may write, and its settings
     target = os.path.basename(os.path.abspath(args.dataset.removeprefix("folder:")))
     arm = "dense" if args.control == "dense" else f"{source.get('dataset', 'own')}-{args.pruning}"
-    arm += f"-of-{source['control']}" if source.get("control", "none") != "none" else ""
-    arm += f"-of-{source['train_fraction']:g}" if source.get("train_fraction", 1) < 1 else ""
+    variant = source.get("arm", "").removeprefix(f"own-{args.pruning}").strip("-")  # of the tickets' run
+    arm += f"-of-{variant}" if variant else ""
     arm += f"-{args.control}" if args.control not in ("none", "dense") else ""
     arm += f"-{args.train_fraction:g}" if args.train_fraction < 1 else ""
     run_name = f"{target}__{args.exp_name}__{args.arch}__{arm}__{args.seed}"
-    if re.search(r"[/\\\0\n\r]", run_name):
-        fail(f"{run_name!r}, of --dataset, --exp-name and the ticket, is not the name of a folder")
     run_dir = run_dir or os.path.join(args.logdir, run_name)
     try:
         os.makedirs(run_dir, exist_ok=True)
@@ -750,22 +689,21 @@ if __name__ == "__main__":
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         fail(f"{run_dir} cannot be written, or another process does it: {error}")
-    for left_over in Path(run_dir).glob("*.tmp"):
-        left_over.unlink()
     checkpoint, state = os.path.join(run_dir, "last.pt"), {"rows": [], "history": [], "round": None}
     settings = {name: value for name, value in vars(args).items() if name not in ("resume", "download")}
-    built_for = args.image_size if args.arch == "mlp" or not built_for else built_for
-    settings |= {"target": target, "arm": arm, "classes": classes, "images": sizes, "built_for": built_for}
+    settings |= {"target": target, "arm": arm, "classes": classes, "built_for": built_for or args.image_size}
+    settings["images"] = [len(images[split].labels) for split in SPLITS]
     if source:
-        run_of_tickets = os.path.basename(os.path.dirname(os.path.abspath(next(iter(tickets.values())))))
-        settings |= {"source_dataset": source["dataset"], "source_seed": source["seed"], "source_run": run_of_tickets}
+        source_run = Path(next(iter(tickets.values()))).absolute().parent.name
+        settings |= {"source_seed": source["seed"], "source_run": source_run}
     if os.path.isfile(checkpoint):
         state = load_file(checkpoint, tuple(state))
         free = FREE.replace("seed source_seed source_run", "epochs patience milestones" if args.resume else "")
         if differing := difference(json.loads(json.dumps(settings)), read_settings(run_dir), free):
             fail(f"{run_dir} was made with other flags: {differing}; another --exp-name makes another run")
-    text = json.dumps(settings, indent=1)
-    save_atomically(f"{run_dir}/hyperparameters.json", lambda path: Path(path).write_text(text))
+    save_atomically(
+        f"{run_dir}/hyperparameters.json", lambda path: Path(path).write_text(json.dumps(settings, indent=1))
+    )
     if split_rows:
         save_table(f"{run_dir}/split.csv", split_rows)
     if args.track:
@@ -776,14 +714,15 @@ if __name__ == "__main__":
     # ALGO LOGIC: the network. A control that begins at random must not begin with the source's own initial weights, and
     # the last layer is the same in all arms.
     generators = (random_stream(args.seed, purpose) for purpose in ("control" if tickets else "source", "head"))
-    network = make_network(args.arch, len(classes), built_for, *generators, device)
+    network = make_network(args.arch, len(classes), settings["built_for"], *generators, device)
     if args.compile:
         network.compile()
     initial = copy.deepcopy(network.state_dict())
     weights = prunable(network)
     prunable_count, everything = (sum(p.numel() for p in group) for group in (weights.values(), network.parameters()))
-    to_do = [r for r in (tickets or range(args.rounds)) if r not in {row["round"] for row in state["rows"]}]
-    print(f"{run_dir}: {len(state['rows'])} rounds are done, {len(to_do)} to do, on {device}", flush=True)
+    done = {row["round"] for row in state["rows"]}
+    to_do = [r for r in (tickets or range(args.rounds)) if r < args.rounds and r not in done]
+    print(f"{run_dir}: {len(done)} rounds are done, {len(to_do)} to do, on {device}", flush=True)
     try:
         for rounds_to_come, r in zip(reversed(range(len(to_do))), to_do):
             # ALGO LOGIC: what the round begins with
@@ -797,46 +736,34 @@ if __name__ == "__main__":
                 network.load_state_dict(previous["trained"] if args.control == "lr-rewinding" else first["weights"])
                 apply_masks(network, masks)
             for events in Path(run_dir).glob(f"events*.round_{r:02d}"):
-                events.unlink()  # they are written anew, so that no point is there twice
+                events.unlink()
             writer = SummaryWriter(run_dir, filename_suffix=f".round_{r:02d}")
-            for entry in state["history"]:
-                if entry["round"] == r:
-                    log_epoch(writer, entry)
 
             # ALGO LOGIC: training
-            step = keep_from if r > 0 else 0
-            done = train_round(
-                args, r, network, masks, images, step, keep_from, rounds_to_come, writer, state, checkpoint
-            )
+            end = train_round(args, r, network, masks, images, keep_from, rounds_to_come, writer, state, checkpoint)
 
             # The test images, once, with the weights of the lowest validation loss (without --patience the last)
-            best = done["best"]
+            best = end["best"]
             network.load_state_dict(best["network"])
             _, test_accuracy = evaluate(network, images["test"], args.amp).tolist()
-            start, trained = (
-                {k: tensor.cpu() for k, tensor in part.items()} for part in (done["start"], best["network"])
-            )
+            start, trained = ({k: v.cpu() for k, v in part.items()} for part in (end["start"], best["network"]))
             assert all((trained[name][~mask] == 0).all() for name, mask in masks.items()), "pruned weights moved"
             remaining = sum(int(mask.sum()) for mask in masks.values())
-            row = {"round": r, "sparsity": 1 - remaining / prunable_count, "remaining": remaining}
-            row |= {"prunable": prunable_count, "parameters": everything - prunable_count + remaining}
-            row |= {"val_accuracy": best["val_accuracy"], "test_accuracy": test_accuracy, "val_loss": best["val_loss"]}
-            row |= {
-                "best_epoch": best["epoch"],
-                "epochs": done["step"] // per_epoch,
-                "seconds": round(done["seconds"], 1),
-            }
-            meta = settings | {"dataset": target} | row
-            meta |= {"mean": moments[0].tolist(), "std": moments[1].tolist()}
+            row = {"round": r, "sparsity": 1 - remaining / prunable_count, "remaining": remaining,
+                   "prunable": prunable_count, "parameters": everything - prunable_count + remaining,
+                   "val_accuracy": best["val_accuracy"], "test_accuracy": test_accuracy, "val_loss": best["val_loss"],
+                   "best_epoch": best["epoch"], "epochs": end["entries"][-1]["epoch"],
+                   "seconds": round(end["seconds"], 1)}  # fmt: skip
+            meta = settings | row | {"dataset": target, "mean": moments[0].tolist(), "std": moments[1].tolist()}
             ticket = {"mask": masks, "weights": start, "trained": trained, "meta": meta}
             if not tickets or args.save_networks:
                 path = f"{run_dir}/{'network' if tickets else 'round'}_{r:02d}.pt"
                 save_atomically(path, lambda path: torch.save(ticket, path))
-            for name in ("sparsity", "remaining", "val_accuracy", "test_accuracy", "best_epoch", "epochs"):
-                writer.add_scalar(f"rounds/{name}", row[name], r)
+            for name, value in row.items():
+                writer.add_scalar(f"rounds/{name}", value, r)
             writer.close()
             rows = sorted([*state["rows"], row], key=lambda row: row["round"])
-            state.update(rows=rows, round=None)
+            state = {"rows": rows, "history": [*state["history"], *end["entries"]], "round": None}
             save_table(f"{run_dir}/results.csv", rows)
             draw_curves(run_dir, rows, state["history"])
             save_atomically(checkpoint, lambda path: torch.save(state, path))

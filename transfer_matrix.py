@@ -12,7 +12,6 @@
 # dependencies = ["numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.18", "matplotlib>=3.8"]
 # ///
 import csv
-import os
 import re
 import shlex
 import signal
@@ -54,44 +53,43 @@ class Args:
 MATRICES = {
     "DQV": """
         BankHeist Boxing CrazyClimber Enduro FishingDerby Frostbite Jamesbond MsPacman Pong Zaxxon
-        BankHeist - -0.019 -1 -0.317 0.5 0.729 0.973 -0.089 -1.238 -0.998
-        Boxing -0.494 - -0.278 -0.852 0.552 -0.01 0.247 -0.184 -0.841 -0.999
-        CrazyClimber -0.569 -0.261 - -0.593 0.19 0.277 0.621 -0.111 -1.206 -0.178
-        Enduro -0.571 -0.018 -0.25 - 0.726 -0.017 -0.41 -0.08 -0.466 -0.164
-        FishingDerby -1 -0.893 -0.093 -0.45 - 0.068 0.197 -0.136 -3.083 -0.999
-        Frostbite -0.933 0.024 -1 -0.348 0.222 - 0.569 0.009 -0.663 -0.076
-        Jamesbond -0.123 -0.106 -0.131 -0.033 0.519 0.262 - 0.218 -1.329 -1
-        MsPacman -0.985 -0.219 -0.012 -0.494 0.6 0.346 0.398 - -1.646 -0.997
-        Pong -1 -0.083 -0.428 -0.476 0.725 -0.024 0.896 0.123 - -0.729
-        Zaxxon -0.76 -0.028 0.037 -0.116 0.385 0.16 -0.253 0.06 -1.602 -""",
+        BankHeist nan -0.019 -1 -0.317 0.5 0.729 0.973 -0.089 -1.238 -0.998
+        Boxing -0.494 nan -0.278 -0.852 0.552 -0.01 0.247 -0.184 -0.841 -0.999
+        CrazyClimber -0.569 -0.261 nan -0.593 0.19 0.277 0.621 -0.111 -1.206 -0.178
+        Enduro -0.571 -0.018 -0.25 nan 0.726 -0.017 -0.41 -0.08 -0.466 -0.164
+        FishingDerby -1 -0.893 -0.093 -0.45 nan 0.068 0.197 -0.136 -3.083 -0.999
+        Frostbite -0.933 0.024 -1 -0.348 0.222 nan 0.569 0.009 -0.663 -0.076
+        Jamesbond -0.123 -0.106 -0.131 -0.033 0.519 0.262 nan 0.218 -1.329 -1
+        MsPacman -0.985 -0.219 -0.012 -0.494 0.6 0.346 0.398 nan -1.646 -0.997
+        Pong -1 -0.083 -0.428 -0.476 0.725 -0.024 0.896 0.123 nan -0.729
+        Zaxxon -0.76 -0.028 0.037 -0.116 0.385 0.16 -0.253 0.06 -1.602 nan""",
     "DDQN": """
         BankHeist Boxing CrazyClimber Enduro FishingDerby Gopher IceHockey Jamesbond MsPacman Pong
-        BankHeist - 0.121 -0.378 -0.006 -0.107 0.042 -0.006 -0.058 0.001 -3.013
-        Boxing -0.316 - -0.104 -0 0.038 0.06 0.015 -0.225 -0.027 0.936
-        CrazyClimber -0.192 -0.487 - -0.012 -0.084 0.016 0.015 0.016 -0.015 -2.64
-        Enduro -0.296 0.193 -0.167 - 0.039 0.03 0.019 -0.235 -0.039 0.248
-        FishingDerby -0.212 -0.545 -1 -0.085 - 0.016 0.001 -0.055 -0.026 -0.935
-        Gopher -0.466 0.044 -0.108 -0.005 0.007 - -0.005 -0.094 -0.02 -1.816
-        IceHockey -0.046 0.245 -0.067 0.014 -0.178 0.072 - 0.037 -0.015 0.112
-        Jamesbond -0.145 0.232 -0.064 0.005 -0.267 0.031 -0.092 - -0.006 -1.578
-        MsPacman -0.173 -1.179 -0.129 -0.06 0.003 -0.019 0.007 0.071 - -2.774
-        Pong -0.127 0.028 -0.12 0.01 0.037 0.042 0.002 -0.174 -0.006 -""",
+        BankHeist nan 0.121 -0.378 -0.006 -0.107 0.042 -0.006 -0.058 0.001 -3.013
+        Boxing -0.316 nan -0.104 -0 0.038 0.06 0.015 -0.225 -0.027 0.936
+        CrazyClimber -0.192 -0.487 nan -0.012 -0.084 0.016 0.015 0.016 -0.015 -2.64
+        Enduro -0.296 0.193 -0.167 nan 0.039 0.03 0.019 -0.235 -0.039 0.248
+        FishingDerby -0.212 -0.545 -1 -0.085 nan 0.016 0.001 -0.055 -0.026 -0.935
+        Gopher -0.466 0.044 -0.108 -0.005 0.007 nan -0.005 -0.094 -0.02 -1.816
+        IceHockey -0.046 0.245 -0.067 0.014 -0.178 0.072 nan 0.037 -0.015 0.112
+        Jamesbond -0.145 0.232 -0.064 0.005 -0.267 0.031 -0.092 nan -0.006 -1.578
+        MsPacman -0.173 -1.179 -0.129 -0.06 0.003 -0.019 0.007 0.071 nan -2.774
+        Pong -0.127 0.028 -0.12 0.01 0.037 0.042 0.002 -0.174 -0.006 nan""",
     "DQN": """
         Catch-v0 Catch-v2 Catch-v3 Catch-v1
-        Catch-v0 - -0.026 -0.486 -0.479
-        Catch-v2 -0.16 - -0.121 -0.248
-        Catch-v3 -0.406 -0.313 - -0.465
-        Catch-v1 -0.016 -0.24 -0.179 -
+        Catch-v0 nan -0.026 -0.486 -0.479
+        Catch-v2 -0.16 nan -0.121 -0.248
+        Catch-v3 -0.406 -0.313 nan -0.465
+        Catch-v1 -0.016 -0.24 -0.179 nan
         itself 0.017 0.393 -0.236 -0.218
         itself, only-head 0.05 0.674 0.059 0.141
-        itself, hybrid 0.041 0.241 -0.123 -""",
+        itself, hybrid 0.041 0.241 -0.123 nan""",
 }
 PUBLISHED = {}  # {(algorithm, row, target): area ratio}
 for _algorithm, _text in MATRICES.items():
     _targets, *_rows = _text.strip().splitlines()
     for _row, *_cells in (_row.rsplit(maxsplit=len(_targets.split())) for _row in _rows):
-        _known = [(_target, _cell) for _target, _cell in zip(_targets.split(), _cells) if _cell != "-"]
-        PUBLISHED |= {(_algorithm, _row.strip(), _target): float(_cell) for _target, _cell in _known}
+        PUBLISHED |= {(_algorithm, _row.strip(), _to): float(_cell) for _to, _cell in zip(_targets.split(), _cells)}
 
 # Random, human (the scores of Mnih et al., Nature 2015), DQN, DDQN, DQV, DQV-Max: slides and thesis
 COLUMNS = ["random", "human", "DQN", "DDQN", "DQV", "DQV-Max"]
@@ -120,7 +118,7 @@ REFERENCE |= {name: human for name, (_, human, *_) in SCORES.items()}
 # Reading runs --------------------------------------------------------------------------------------------------------
 @dataclass
 class Run:
-    checkpoint: str  # the file that it writes into its folder
+    checkpoint: Path  # the file that it writes into its folder
     flags: dict[str, str]  # the hyper-parameters that it logged
     curves: dict[str, np.ndarray]  # {tag: float64 (points, 2) with agent steps, ascending, and values}
     algorithm: str
@@ -132,80 +130,72 @@ class Run:
 
     def lacks(self, metric: str) -> str:
         """Why its curve of `metric` is not complete, "" if it is."""
-        steps = self.curves[metric][:, 0]
+        steps, values = self.curves[metric].T
         if (last := steps.max(initial=0)) < 0.99 * self.total:
             return f"incomplete, {last:,.0f} of {self.total:,} steps"
-        if len(steps) < 2:
-            return f"it has {len(steps)} points of {metric}, at least 2 are needed"
-        return "" if np.isfinite(self.curves[metric]).all() else f"not all of {metric} is finite"
+        return "" if len(steps) > 1 and np.isfinite(values).all() else f"{metric} has one point, or is not finite"
 
 
-# Flags in which runs, and the sources that they began from, may differ: they do not change what is learned ...
+# Flags of runs, and of the sources that they began from, that do not change what is learned, or stand in a run's fields
 FREE = """env_id exp_name seed pretrained pretrained_env_id pretrained_head keep_head head_fraction freeze_features cuda
     cudagraphs logdir resume evaluate track capture_video eval_frequency checkpoint_frequency""".split()
-# ... or stand in the run's fields
 FREE = {"algorithm", "architecture", "double", "dueling", *FREE, *(f"pretrained_{name}" for name in FREE)}
-LENGTH, FLOAT = struct.Struct("<Q"), struct.Struct("<f")
 RESUMED = Event(session_log=SessionLog(status=SessionLog.START)).SerializeToString()
 
 
 def game(env_id: str) -> str:
     """`Pong` of ALE/Pong-v5, `Catch-v0` of catch_env:Catch-v0."""
-    name = re.split("[/:]", env_id)[-1]
-    return name.removesuffix("-v5") if env_id.startswith("ALE/") else name
+    return re.sub("^ALE/(.+)-v5$", r"\1", env_id).split(":")[-1]
 
 
 def read_run(folder: str, tags: list[str]) -> Run:
     """The run in `folder` with its curves of `tags`, or an error that says why there is none."""
     flags, points = {}, {tag: [] for tag in tags}
-    before = {tag: b"\n%c%b\x15" % (len(tag), tag.encode()) for tag in tags}  # the tag's field, the value's key
+    wanted = re.compile(b"|".join(map(re.escape, [RESUMED, b"hyperparameters/", *map(str.encode, tags)])))
     for path in sorted(Path(folder).glob("*tfevents*")):
         buffer = path.read_bytes()
         start = 12  # a record: length of the event (8 bytes), checksum (4), event, checksum (4); the last may be cut
-        while start <= len(buffer) and (end := start + LENGTH.unpack_from(buffer, start - 12)[0]) < len(buffer):
-            for tag, key in before.items():
-                if (at := buffer.find(key, start, end)) >= 0:  # only the step is left to the parser: it is slow
-                    step = Event.FromString(buffer[start:end]).step
-                    points[tag].append((step, *FLOAT.unpack_from(buffer, at + len(key))))
-                    break
-            else:
-                record = buffer[start:end]
-                if b"hyperparameters/text_summary" in record:
-                    text = Event.FromString(record).summary.value[0].tensor.string_val[0].decode()
-                    flags |= dict(row[1:-1].split("|", 1) for row in text.splitlines()[2:])
-                elif RESUMED in record and (event := Event.FromString(record)).session_log.status == SessionLog.START:
+        while start <= len(buffer) and (end := start + struct.unpack_from("<Q", buffer, start - 12)[0]) < len(buffer):
+            if wanted.search(buffer, start, end):  # the others are not parsed: that is slow
+                event = Event.FromString(buffer[start:end])
+                if event.session_log.status == SessionLog.START:
                     points = {tag: [point for point in points[tag] if point[0] < event.step] for tag in tags}
+                for value in event.summary.value:
+                    if value.tag in points:
+                        points[value.tag].append((event.step, value.simple_value))
+                    elif value.tag == "hyperparameters/text_summary":
+                        rows = value.tensor.string_val[0].decode().splitlines()[2:]
+                        flags |= dict(row[1:-1].split("|", 1) for row in rows)
             start = end + 16
     if not {"algorithm", "env_id", "seed", "exp_name"} <= set(flags):
         raise ValueError("it has logged no hyper-parameters with algorithm, env_id, seed and exp_name")
     if not "".join([str(folder), *flags.values()]).isprintable():
         raise ValueError("control characters in the folder's name or in its hyper-parameters")
-    logged = defaultdict(lambda: "None", flags)
-    algorithm = "DQN" if flags["algorithm"] == "DDQN" and logged["double"] == "False" else flags["algorithm"]
-    algorithm = "Dueling " * (logged["dueling"] == "True") + algorithm
-    algorithm += f" {logged['architecture']}" if logged["architecture"] not in ("None", "separate") else ""
-    mode, source = "scratch", ""
-    if logged["pretrained"] != "None":
+    algorithm = "DQN" if flags["algorithm"] == "DDQN" and flags.get("double") == "False" else flags["algorithm"]
+    algorithm = "Dueling " * (flags.get("dueling") == "True") + algorithm
+    algorithm += f" {flags['architecture']}" if flags.get("architecture", "separate") != "separate" else ""
+    mode, source, nothing = "scratch", "", (None, "None")
+    if flags.get("pretrained") not in nothing:
         mode, source = "fine-tuning", game(flags["pretrained_env_id"])
-        mode = "only-head" if logged["freeze_features"] == "True" else mode
-        mode = "hybrid" if logged["pretrained_head"] != "None" else mode
-        mode += ", of a transferred run" if mode != "hybrid" and logged["pretrained_pretrained"] != "None" else ""
-        mode += ", head kept" if logged["keep_head"] == "True" else ""
-        mode += f", {logged['head_fraction']} of the head" if float(flags.get("head_fraction", 0)) else ""
+        mode = "only-head" if flags.get("freeze_features") == "True" else mode
+        mode = "hybrid" if flags.get("pretrained_head") not in nothing else mode
+        mode += ", of a transferred run" * (mode != "hybrid" and flags.get("pretrained_pretrained") not in nothing)
+        mode += ", head kept" * (flags.get("keep_head") == "True")
+        mode += f", {flags['head_fraction']} of the head" if float(flags.get("head_fraction", 0)) else ""
     identity = algorithm, mode, source, game(flags["env_id"]), int(flags["seed"])
-    curves = {tag: np.array(sorted(points[tag], key=lambda point: point[0])).reshape(-1, 2) for tag in tags}
-    checkpoint = os.path.join(folder, f"{flags['exp_name']}.pt")
+    curves = {tag: np.array(points[tag]).reshape(-1, 2) for tag in tags}
+    checkpoint = Path(folder, f"{flags['exp_name']}.pt")
     return Run(checkpoint, flags, curves, *identity, int(float(flags.get("total_timesteps", 0))))
 
 
 def read_runs(logdir: str, tags: list[str]) -> list[Run]:
     """All runs below `logdir`, oldest first; what is none is named on stderr."""
-    folders, runs = {str(path.parent) for path in Path(logdir).rglob("*tfevents*")}, []
-    for folder in sorted(folders, key=lambda folder: (os.path.getmtime(folder), folder)):
+    folders, runs = {path.parent for path in Path(logdir).rglob("*tfevents*")}, []
+    for folder in sorted(folders, key=lambda folder: (folder.stat().st_mtime, folder)):
         try:
-            runs.append(read_run(folder, tags))
+            runs.append(read_run(str(folder), tags))
         except Exception as error:  # noqa: BLE001  whatever one run holds, the others have their table
-            print(f"skipped {folder!a}: {error}", file=sys.stderr)
+            print(f"skipped {str(folder)!a}: {error}", file=sys.stderr)
     return runs
 
 
@@ -220,7 +210,7 @@ def finished_runs(args: Args, others: tuple[str, ...] = ()) -> dict[tuple, dict[
     complete, groups, arms = [], defaultdict(list), defaultdict(dict)
     for run in read_runs(args.logdir, [args.metric, *others]):
         if reason := run.lacks(args.metric):
-            print(f"skipped {os.path.dirname(run.checkpoint)!a}: {reason}", file=sys.stderr)
+            print(f"skipped {str(run.checkpoint.parent)!a}: {reason}", file=sys.stderr)
         else:
             complete.append(run)
             groups["algorithm", run.algorithm, run.target].append(run)
@@ -231,10 +221,7 @@ def finished_runs(args: Args, others: tuple[str, ...] = ()) -> dict[tuple, dict[
         for name, run in product(differences(runs, of_source=field == "mode"), runs):
             setattr(run, field, f"{getattr(run, field)}, {name} {run.flags.get(name)}")
     for run in sorted(complete, key=lambda run: run.seed):
-        arm = arms[run.algorithm, run.mode, run.source, run.target]
-        if run.seed in arm:
-            print(f"skipped {arm[run.seed].checkpoint!a}: {run.checkpoint} is the same, newer", file=sys.stderr)
-        arm[run.seed] = run
+        arms[run.algorithm, run.mode, run.source, run.target][run.seed] = run
     return dict(sorted(arms.items()))
 
 
@@ -255,8 +242,8 @@ def relative_change(new: np.ndarray, old: np.ndarray) -> tuple[float, float, flo
     (var_new, covariance), (_, var_old) = np.cov(new, old) * np.interp(n - 1, DEGREES, T95) ** 2 / n
     # (mean(new) - ratio mean(old))^2 <= var_new - 2 ratio covariance + ratio^2 var_old, solved for the ratio
     a, b, c = old.mean() ** 2 - var_old, new.mean() * old.mean() - covariance, new.mean() ** 2 - var_new
-    root = max(b * b - a * c, 0.0) ** 0.5
-    return (ratio - 1, (b - root) / a - 1, (b + root) / a - 1) if a > 0 else (ratio - 1, np.nan, np.nan)
+    root = max(b * b - a * c, 0.0) ** 0.5 if a > 0 else np.nan
+    return ratio - 1, (b - root) / a - 1, (b + root) / a - 1
 
 
 def on_grid(runs: list[Run], tag: str) -> tuple[np.ndarray, np.ndarray]:
@@ -278,25 +265,22 @@ def compare(scratch: dict[int, Run], transfer: dict[int, Run], metric: str) -> d
     cell |= {"n": len(seeds), "published": PUBLISHED.get(row, np.nan), "note": ""} | dict.fromkeys(names, np.nan)
     if not seeds:
         return cell | {"note": f"no run from scratch on {first.target} with the same flags and seed"}
-    alone = ", ".join(str(seed) for seed in transfer if seed not in scratch)
-    shared = any(run.flags.get("pretrained_seed", run.flags["seed"]) != run.flags["seed"] for run in transfer.values())
-    cell["note"] += f"No run from scratch with seed {alone}. " * bool(alone) + "Sources have other seeds. " * shared
+    if any(run.flags.get("pretrained_seed", run.flags["seed"]) != run.flags["seed"] for run in transfer.values()):
+        cell["note"] += "Sources have other seeds. "
     grid, curves = on_grid([runs[seed] for runs in (scratch, transfer) for seed in seeds], metric)
-    if len(grid) < 2:
-        return cell | {"note": "the runs have no steps in common"}
     areas = ((curves[:, 1:] + curves[:, :-1]) / 2 * np.diff(grid)).sum(axis=1) / (grid[-1] - grid[0])
     old, new = np.split(areas, 2)
     if old.mean() > 0.01 * abs(new.mean()):
         cell |= zip(names, relative_change(new, old))
     else:  # returns below 0, or a game hardly ever won
         cell["note"] += f"R is undefined, scratch has {old.mean():.4g} on average beside {new.mean():.4g} with transfer"
-    reference = REFERENCE.get(first.target, -np.inf) if metric.endswith("episodic_return") else -np.inf
-    if reference > old.mean():  # FT of curves scaled to random play 0 and the reference 1; random play cancels out
-        change, low, high = relative_change(reference - new, reference - old)
-        cell |= {"FT": -change, "FT_low": -high, "FT_high": -low}
-    before, after = (half.mean(axis=0) for half in np.split(curves, 2))
-    late = grid >= grid[0] + 0.9 * (grid[-1] - grid[0])
-    cell |= {"jumpstart": (after - before)[0].round(6), "asymptotic": (after - before)[late].mean().round(6)}
+    reference = REFERENCE.get(first.target, -np.inf)
+    if metric.endswith("episodic_return") and reference > old.mean():
+        # FT of curves scaled to random play 0 and the reference 1; random play cancels out
+        cell |= zip(("FT", "FT_high", "FT_low"), np.negative(relative_change(reference - new, reference - old)))
+    gain = curves[len(seeds) :].mean(axis=0) - curves[: len(seeds)].mean(axis=0)
+    late = gain[grid >= grid[0] + 0.9 * (grid[-1] - grid[0])]
+    cell |= {"jumpstart": gain[0].round(6), "asymptotic": late.mean().round(6)}
     return cell | {"mean_transfer": new.mean(), "mean_scratch": old.mean()}
 
 
@@ -373,13 +357,11 @@ def scores(args: Args) -> None:
 
 # Planning ------------------------------------------------------------------------------------------------------------
 ALGORITHMS = {"ddqn_atari.py": "DDQN", "dqv_atari.py": "DQV", "dqv_max_atari.py": "DQV-Max"}
-STAGES = {  # {stage: [(mode, {flag: mode of the run that it names})]}
-    "source": [("scratch", {})],
-    "transfer": [("fine-tuning", {"pretrained": "scratch"})],
-    "only-head": [("only-head", {"pretrained": "scratch"})],
-    "self-transfer": [("fine-tuning", {"pretrained": "scratch"}), ("only-head", {"pretrained": "scratch"})],
-    "hybrid": [("hybrid", {"pretrained": "fine-tuning", "pretrained_head": "only-head"})],
-}
+STAGES = {"source": ["scratch"], "transfer": ["fine-tuning"], "only-head": ["only-head"], "hybrid": ["hybrid"]}
+STAGES["self-transfer"] = ["fine-tuning", "only-head"]
+# {mode: {flag: mode of the run that it names}}
+NEEDS = {"scratch": {}, "fine-tuning": {"pretrained": "scratch"}, "only-head": {"pretrained": "scratch"}}
+NEEDS["hybrid"] = {"pretrained": "fine-tuning", "pretrained_head": "only-head"}
 
 
 def number(text: str) -> float | str:
@@ -390,56 +372,49 @@ def plan(args: Args) -> None:
     games = {env_id: game(env_id) for env_id in args.env_ids}
     if not games or not set(args.targets) <= set(games):
         sys.exit(f"--env-ids names the games, --targets some of these: {' '.join(set(args.targets) - set(games))}")
-    runs = [run for run in read_runs(args.logdir, [args.metric]) if os.path.isfile(run.checkpoint)]
-    usual = {"algorithm": ALGORITHMS.get(os.path.basename(args.script), args.script), "double": "True"}
-    usual |= {"architecture": "separate", "dueling": "False", "terminal": "True"}
+    runs = [run for run in read_runs(args.logdir, [args.metric]) if run.checkpoint.is_file()]
+    usual = {"double": "True", "dueling": "False", "architecture": "separate", "terminal": "True"}
+    usual["algorithm"] = ALGORITHMS.get(Path(args.script).name, args.script)
 
     def find(flags: str, *identity: str | int) -> list[Run]:
-        """Runs with these flags, of the algorithm proper where they say nothing else, oldest first."""
+        """Runs with these flags, of the algorithm proper where they say nothing else; the newest complete one last."""
         given = re.findall(r"--(no-)?([\w-]+)(?:[ =]+(?!--)(\S+))?", flags)
         wanted = usual | {name.replace("-", "_"): value or str(not off) for off, name, value in given}
         same = [run for run in runs if (run.mode, run.source, run.target, run.seed) == identity]
-        return [run for run in same if all(number(run.flags.get(k, v)) == number(v) for k, v in wanted.items())]
+        same = [run for run in same if all(number(run.flags.get(k, v)) == number(v) for k, v in wanted.items())]
+        return sorted(same, key=lambda run: not run.lacks(args.metric))
 
     commands, missing, taken = [], [], []
     origins = [""] if args.stage == "source" else games.values()
-    for env_id, seed, (mode, needs), origin in product(args.targets or games, args.seeds, STAGES[args.stage], origins):
+    for env_id, seed, mode, origin in product(args.targets or games, args.seeds, STAGES[args.stage], origins):
         if origin and (origin == games[env_id]) != (args.stage in ("self-transfer", "hybrid")):
             continue
         command = ["python", args.script, "--env-id", env_id, "--seed", str(seed), "--logdir", args.logdir]
         mine = find(args.args, mode, origin, games[env_id], seed)
-        for flag, needed in needs.items():
+        for flag, needed in NEEDS[mode].items():
             starts = find(args.source_args or args.args, needed, "" if needed == "scratch" else origin, origin, seed)
             starts = [run for run in starts if not run.lacks(args.metric)]
             taken += [] if args.source_args else starts[-1:]
             missing += [] if starts else [f"{origin}, {needed}, seed {seed}"]
-            command += [f"--{flag.replace('_', '-')}", *(run.checkpoint for run in starts[-1:])]
-            folders = [run.checkpoint.split("/")[-2] for run in starts]
-            # what began from another network is another experiment
+            command += [f"--{flag.replace('_', '-')}", *(str(run.checkpoint) for run in starts[-1:])]
+            folders = [run.checkpoint.parent.name for run in starts]  # what began elsewhere is of another study
             mine = [run for run in mine if any(folder in run.flags[flag] for folder in folders)]
-        complete = [run for run in mine if not run.lacks(args.metric)]
-        taken += complete[-1:] or mine[-1:]
+        taken += mine[-1:]
         if not mine:
             commands.append(command + ["--freeze-features"] * (mode == "only-head") + shlex.split(args.args))
-        elif not complete:
-            if not (why := mine[-1].lacks(args.metric)).startswith("incomplete"):
-                sys.exit(f"{mine[-1].checkpoint} has ended, but: {why}")
-            commands.append(["python", args.script, "--resume", mine[-1].checkpoint])
+        elif mine[-1].lacks(args.metric):
+            commands.append(["python", args.script, "--resume", str(mine[-1].checkpoint)])
     if missing:
         sys.exit(f"--logdir {args.logdir} lacks complete runs: {'; '.join(dict.fromkeys(missing))}")
     if names := differences(taken):
-        sys.exit(
-            f"--logdir {args.logdir}: runs that fit differ in {', '.join(names)}: say it in --args or --source-args"
-        )
-    complete = {run.checkpoint for run in taken if not run.lacks(args.metric)}
-    print(f"{len(complete)} complete runs are taken as they are", file=sys.stderr)
+        sys.exit(f"runs that fit differ in {', '.join(names)}: say it in --args or --source-args")
     print("".join(f"{shlex.join(command)}\n" for command in commands), end="")
+    print(f"{len(commands)} runs to go", file=sys.stderr)
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
-LOGGED = ["eval/v_minus_max_q", "eval/dead_units", "eval/feature_rank"]
-TAGS = ["eval/max_q", "eval/discounted_return", "eval/caught", *LOGGED]
-PANELS = ["eval/max_q - eval/discounted_return", *LOGGED]
+TAGS = [f"eval/{name}" for name in "max_q discounted_return caught v_minus_max_q dead_units feature_rank".split()]
+PANELS = ["eval/max_q - eval/discounted_return", *TAGS[3:]]
 STYLES = {"scratch": "-", "fine-tuning": "-", "only-head": "--", "hybrid": ":"}
 
 
@@ -454,27 +429,24 @@ def draw_matrix(cells: list[dict]) -> Figure:
         values[y, x] = cell["R"]
         text = f"{shown(cell, 'R', interval=False)}\nFT {shown(cell, 'FT', interval=False)}"
         text += "" if np.isnan(cell["published"]) else f"\n({cell['published']:+.3f})"
-        colour = "white" if abs(cell["R"]) > 0.65 else "black"
-        axes.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
+        axes.text(x, y, text, ha="center", va="center", fontsize=7, color="w" if abs(cell["R"]) > 0.65 else "k")
     figure.colorbar(axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto"), extend="both", label="R")
-    axes.set_xticks(range(len(targets)), targets)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set(xlabel="to", ylabel="from")
+    axes.set(xlabel="to", xticks=range(len(targets)), xticklabels=targets)
+    axes.set(ylabel="from", yticks=range(len(rows)), yticklabels=rows)
     axes.set_title(f"{cells[0]['algorithm']}: area ratio R (published), forward transfer FT")
     return figure
 
 
-def draw_curves(title: str, arms: dict[str, list[Run]], tags: list[str], colours: dict[str, str]) -> Figure:
-    """Mean and range of the seeds of {label: runs}, a panel for each of `tags` that they have."""
-    tags = [tag for tag in tags if any(len(run.curves[tag]) > 1 for group in arms.values() for run in group)]
+def draw_curves(title: str, arms: dict[str, tuple[str, str, list[Run]]], tags: list[str]) -> Figure:
+    """Mean and range of the seeds of {label: (colour, style, runs)}, a panel for each of `tags` that they have."""
+    tags = [tag for tag in tags if any(len(run.curves[tag]) > 1 for *_, group in arms.values() for run in group)]
     figure = Figure((4 * len(tags) + 2.5, 3.6), layout="constrained")
     panels = figure.subplots(1, len(tags), squeeze=False)[0]
-    for (label, group), (panel, tag) in product(arms.items(), zip(panels, tags)):
+    for (label, (colour, style, group)), (panel, tag) in product(arms.items(), zip(panels, tags)):
         panel.set(xlabel="agent steps", ylabel=tag)
         panel.locator_params(axis="x", nbins=5)
         if known := [run for run in group if len(run.curves[tag]) > 1]:
             grid, curves = on_grid(known, tag)
-            style, colour = STYLES.get(group[0].mode, "-."), colours[label if label in colours else group[0].source]
             panel.plot(grid, curves.mean(axis=0), style, color=colour, label=f"{label}, n = {len(known)}")
             panel.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.12, linewidth=0)
     figure.suptitle(f"{title}: mean and range of the seeds")
@@ -493,31 +465,30 @@ def plot(args: Args) -> None:
                 values[int(step)][tag] = f"{value:.6g}"
         rows += [fields | {"step": step} | values[step] for step in sorted(values)]
         estimate, outcome = run.curves["eval/max_q"], run.curves["eval/discounted_return"]
-        known = len(estimate) == len(outcome)
-        run.curves[PANELS[0]] = np.c_[estimate[:, 0], estimate[:, 1] - outcome[:, 1]] if known else estimate[:0]
-    os.makedirs(args.out, exist_ok=True)
-    with open(os.path.join(args.out, "curves.csv"), "w", newline="") as file:
+        run.curves[PANELS[0]] = np.c_[estimate[:, 0], estimate[:, 1] - outcome[:, 1]]
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    with open(f"{args.out}/curves.csv", "w", newline="") as file:
         write(rows, "csv", file)
     for names in ({run.algorithm for run in runs}, {run.source for run in runs} - {""}):  # equal in all pictures
         colours |= {name: f"C{i}" for i, name in enumerate(sorted(names))}
     pictures = {f"matrix {cells[0]['algorithm']}": draw_matrix(cells) for cells in all_cells(arms, args.metric)}
-    figures = defaultdict(dict)  # {title: {label: runs}}
+    figures = defaultdict(dict)  # {title: {label: (colour, style, runs)}}
     for (algorithm, mode, source, target), arm in sorted(arms.items(), key=lambda arm: arm[0][2]):
         label = f"{mode} from {source}" if source else "from scratch"
-        figures[f"{algorithm} on {target}"][label] = list(arm.values())
+        style, runs = STYLES.get(mode, "-."), list(arm.values())
+        figures[f"{algorithm} on {target}"][label] = colours[source], style, runs
         if not source:
-            figures[f"{target} from scratch"][algorithm] = list(arm.values())
+            figures[f"{target} from scratch"][algorithm] = colours[algorithm], style, runs
     for title, groups in figures.items():
         if len(groups) > 1:
-            pictures[f"curves {title}"] = draw_curves(title, groups, [args.metric, *PANELS], colours)
+            pictures[f"curves {title}"] = draw_curves(title, groups, [args.metric, *PANELS])
     for name, figure in pictures.items():
-        path = os.path.join(args.out, re.sub(r"[^a-z0-9.-]+", "_", name.lower()) + ".png")
+        path = f"{args.out}/{re.sub(r'[^a-z0-9.-]+', '_', name.lower())}.png"
         figure.savefig(path, dpi=100)
         print(path)
 
 
 if __name__ == "__main__":
-    about = "Transfer studies, from plan to picture. After the runs: python transfer_matrix.py table --logdir runs"
-    args = tyro.cli(Args, description=about)
+    args = tyro.cli(Args, description="After the runs of a study: python transfer_matrix.py table --logdir runs")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `plan | head` ends without a traceback
     {"plan": plan, "table": table, "scores": scores, "plot": plot}[args.command](args)

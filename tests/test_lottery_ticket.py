@@ -24,27 +24,23 @@ from torch.nn.utils import prune as torch_prune
 import lottery_ticket as lt
 
 SCRIPT = "lottery_ticket.py"
+ANY = torch.tensor(True)  # the mask of what is not pruned
 # 96 training images: 6 updates an epoch
 SMALL = ["--arch", "conv", "--image-size", 16, "--batch-size", 16, "--learning-rate", 0.02]
 SHORT = ["--epochs", 3, "--rounds", 3, "--rewind", "1ep2it", "--patience", 0, "--milestones", 2]
 
 
-def picture(kind, rng, side=24):
-    """Stripes of any colour, upright, level or slanting, under noise."""
-    y, x = np.mgrid[:side, :side]
-    wave = np.sin({"level": y, "upright": x, "slanting": (x + y) / 1.4}[kind] * 1.3 + rng.uniform(0, 6))
-    image = 120 + 60 * wave[..., None] * rng.uniform(0.5, 1, size=3) + rng.normal(0, 25, size=(side, side, 3))
-    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A folder per class: 3 classes of 40 pictures."""
+    """A folder per class: 3 classes of 40 pictures of stripes of any colour, under noise."""
     root, rng = tmp_path_factory.mktemp("stripes"), np.random.default_rng(0)
-    for kind in ("level", "slanting", "upright"):
+    y, x = np.mgrid[:24, :24]
+    for kind, direction in {"level": y, "slanting": (x + y) / 1.4, "upright": x}.items():
         (root / kind).mkdir()
         for i in range(40):
-            picture(kind, rng).save(root / kind / f"{i:02d}.png")
+            wave = np.sin(direction * 1.3 + rng.uniform(0, 6))[..., None] * rng.uniform(0.5, 1, size=3)
+            pixels = 120 + 60 * wave + rng.normal(0, 25, size=(24, 24, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / kind / f"{i:02d}.png")
     return root
 
 
@@ -52,7 +48,7 @@ def folder(tmp_path_factory):
 def source(folder, tmp_path_factory):
     """The folder of a finished source run of three rounds."""
     cwd = tmp_path_factory.mktemp("source")
-    run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *SHORT, cwd=cwd)
+    train(folder, *SMALL, *SHORT, cwd=cwd)
     return only_run(cwd / "runs")
 
 
@@ -66,9 +62,14 @@ def target(folder, tmp_path_factory):
     return root
 
 
-def rows_of(run_dir, leave_out=("seconds",)):
+def train(data, *flags, cwd, check=True):
+    """A run of the script on a folder."""
+    return run(SCRIPT, "--dataset", f"folder:{data}", *flags, cwd=cwd, check=check)
+
+
+def rows_of(run_dir):
     with open(run_dir / "results.csv") as file:
-        return [{k: v for k, v in row.items() if k not in leave_out} for row in csv.DictReader(file)]
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
 
 
 def same(one, other):
@@ -85,8 +86,8 @@ def data_of(folder, **flags):
 
 
 # ------------------------------------------------------------------------------------------------------------ pruning
-
 SHAPES = {"conv1": (12, 3, 3, 3), "conv2": (40, 12, 3, 3), "linear": (25, 40)}
+DENSE = {name: torch.ones(shape, dtype=torch.bool) for name, shape in SHAPES.items()}
 
 
 def random_weights(seed, levels=None):
@@ -95,11 +96,14 @@ def random_weights(seed, levels=None):
     return {n: v if levels is None else (v * levels).round() / levels for n, v in values.items()}
 
 
+def whole_filters(masks):
+    return all((m.flatten(1).all(1) | ~m.flatten(1).any(1)).all() for m in masks.values())
+
+
 @pytest.mark.parametrize("kind", ["global", "channel"])
 @pytest.mark.parametrize("levels", [None, 4], ids=["", "with ties and zeros"])
 def test_31_rounds_keep_exact_counts_and_nest(kind, levels):
-    masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in SHAPES.items()}
-    per_unit = {name: int(np.prod(shape[1:])) if kind == "channel" else 1 for name, shape in SHAPES.items()}
+    masks, per_unit = DENSE, {n: int(np.prod(shape[1:])) if kind == "channel" else 1 for n, shape in SHAPES.items()}
     expected = {name: int(np.prod(shape)) // per_unit[name] for name, shape in SHAPES.items()}
     everything = sum(expected.values())
     for r in range(1, 32):
@@ -111,72 +115,61 @@ def test_31_rounds_keep_exact_counts_and_nest(kind, levels):
             assert sum(kept.values()) == max(everything, 3) and min(kept.values()) >= 1
         else:
             expected = {name: max(n - int(n / 5 + 0.5), 1) for name, n in expected.items()}
-            assert kept == {name: n * per_unit[name] for name, n in expected.items()}
-        if kind == "channel":
-            assert all((m.flatten(1).all(1) | ~m.flatten(1).any(1)).all() for m in new.values()), "not whole filters"
+            assert kept == {name: n * per_unit[name] for name, n in expected.items()} and whole_filters(new)
         masks = new
-    if kind != "channel":
-        assert sum(kept.values()) / sum(map(int, (np.prod(s) for s in SHAPES.values()))) < 0.002
+    assert kind == "channel" or sum(kept.values()) < 0.002 * sum(mask.numel() for mask in masks.values())
 
 
-def test_pruning_is_torch_s_where_torch_has_it():
+@pytest.mark.parametrize("kind", ["global", "channel"])
+def test_pruning_is_torch_s_where_torch_has_it(kind):
     modules = {"conv1": nn.Conv2d(3, 12, 3, bias=False), "conv2": nn.Conv2d(12, 40, 3, bias=False)}
     modules["linear"] = nn.Linear(40, 25, bias=False)
-    for kind in ("global", "channel"):
-        masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in SHAPES.items()}
-        theirs = {name: torch.ones(shape) for name, shape in SHAPES.items()}
-        for r in range(6):
-            weights = random_weights(100 + r)
-            masks = lt.prune(weights, masks, kind, 0.2)
-            for name, module in modules.items():
-                module.weight = nn.Parameter(weights[name].clone())
-                torch_prune.custom_from_mask(module, "weight", theirs[name])
-                module.weight_orig.data.copy_(weights[name])
-            if kind == "global":
-                pairs = [(module, "weight") for module in modules.values()]
-                torch_prune.global_unstructured(pairs, pruning_method=torch_prune.L1Unstructured, amount=0.2)
-            for module in modules.values():
-                if kind == "channel":
-                    torch_prune.ln_structured(module, "weight", amount=0.2, n=1, dim=0)
-            theirs = {name: module.weight_mask.clone() for name, module in modules.items()}
-            for module in modules.values():
-                torch_prune.remove(module, "weight")
-            assert all(torch.equal(masks[name], theirs[name].bool()) for name in SHAPES), (kind, r)
+    masks = theirs = DENSE
+    for r in range(6):
+        weights = random_weights(100 + r)
+        masks = lt.prune(weights, masks, kind, 0.2)
+        for name, module in modules.items():
+            module.weight = nn.Parameter(weights[name].clone())
+            torch_prune.custom_from_mask(module, "weight", theirs[name].float())
+            module.weight_orig.data.copy_(weights[name])
+            if kind == "channel":
+                torch_prune.ln_structured(module, "weight", amount=0.2, n=1, dim=0)
+        if kind == "global":
+            pairs = [(module, "weight") for module in modules.values()]
+            torch_prune.global_unstructured(pairs, pruning_method=torch_prune.L1Unstructured, amount=0.2)
+        theirs = {name: module.weight_mask.bool() for name, module in modules.items()}
+        for module in modules.values():
+            torch_prune.remove(module, "weight")
+        assert same(masks, theirs), r
 
 
-def test_random_masks_are_as_sparse_in_every_layer_and_nested():
-    for kind in ("global", "channel"):
-        masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in SHAPES.items()}
-        before = lt.random_masks(masks, kind, 1)
-        assert all(mask.all() for mask in before.values())
-        for r in range(5):
-            masks = lt.prune(random_weights(r), masks, kind, 0.3)
-            drawn = lt.random_masks(masks, kind, 1)
-            assert {n: int(m.sum()) for n, m in drawn.items()} == {n: int(m.sum()) for n, m in masks.items()}
-            assert all((drawn[name] <= before[name]).all() for name in SHAPES)
-            before = drawn
-        assert not any(torch.equal(drawn[name], masks[name]) for name in SHAPES)
-        assert not all(torch.equal(drawn[name], mask) for name, mask in lt.random_masks(masks, kind, 2).items())
-        if kind == "channel":
-            assert all((m.flatten(1).all(1) | ~m.flatten(1).any(1)).all() for m in drawn.values())
+@pytest.mark.parametrize("kind", ["global", "channel"])
+def test_random_masks_are_as_sparse_in_every_layer_and_nested(kind):
+    masks, before = DENSE, lt.random_masks(DENSE, kind, 1)
+    assert same(before, DENSE)
+    for r in range(5):
+        masks = lt.prune(random_weights(r), masks, kind, 0.3)
+        drawn = lt.random_masks(masks, kind, 1)
+        assert {n: int(m.sum()) for n, m in drawn.items()} == {n: int(m.sum()) for n, m in masks.items()}
+        assert all((drawn[name] <= before[name]).all() for name in SHAPES)
+        before = drawn
+    assert not any(torch.equal(drawn[name], masks[name]) for name in SHAPES)
+    assert not same(drawn, lt.random_masks(masks, kind, 2)) and (kind == "global" or whole_filters(drawn))
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
-
-
-NETWORKS = [("mlp", 28, 266_610), ("resnet18", 32, 11_173_962), ("resnet50", 224, 23_528_522), ("conv", 32, 391_466)]
-
-
-@pytest.mark.parametrize("arch, size, parameters", NETWORKS)
+@pytest.mark.parametrize(
+    "arch, size, parameters",
+    [("mlp", 28, 266_610), ("resnet18", 32, 11_173_962), ("resnet50", 224, 23_528_522), ("conv", 32, 391_466)],
+)
 def test_networks(arch, size, parameters):
     network = lt.make_network(arch, 10, size, lt.random_stream(0)).eval()
     assert sum(p.numel() for p in network.parameters()) == parameters
     assert network(torch.zeros(2, 3, size, size)).shape == (2, 10) and network.fc.out_features == 10
     names = lt.prunable(network)
+    others = {name: p for name, p in network.named_parameters() if name not in names}
     assert all(name.endswith("weight") and weight.ndim > 1 for name, weight in names.items())
-    assert "fc.weight" not in names
-    others = [p for name, p in network.named_parameters() if name not in names]
-    assert all(p.ndim == 1 for p in others if p is not network.fc.weight)
+    assert others.pop("fc.weight").ndim == 2 and all(p.ndim == 1 for p in others.values())
     for weight in [*names.values(), network.fc.weight]:
         receptive = weight[0, 0].numel()
         bound = (6 / (receptive * (weight.shape[0] + weight.shape[1]))) ** 0.5
@@ -185,25 +178,15 @@ def test_networks(arch, size, parameters):
     assert same(network.state_dict(), twin.state_dict()) and not torch.equal(network.fc.weight, other.fc.weight)
 
 
-def test_rewind_points():
-    assert [lt.rewind_steps(text, 10) for text in ("2ep", "500it", "0ep", "1ep3it")] == [20, 500, 0, 13]
-    for text in ("", "2", "ep", "it", "2 ep", "-1ep", "1it2ep"):
-        with pytest.raises(SystemExit, match="--rewind"):
-            lt.rewind_steps(text, 10)
-
-
 # --------------------------------------------------------------------------------------------------------------- data
-
-
 def test_torchvision_s_sets(tmp_path, monkeypatch):
     """CIFAR-10 from its pickles, a tenth of every class for validation."""
-    rng, base = np.random.default_rng(0), tmp_path / "cifar-10-batches-py"
+    rng, base, pixels = np.random.default_rng(0), tmp_path / "cifar-10-batches-py", {}
     base.mkdir()
-    pixels = {}
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
         pixels[name] = rng.integers(0, 256, size=(20, 3, 32, 32), dtype=np.uint8)
-        labels = [i % 10 for i in range(20)]
-        (base / name).write_bytes(pickle.dumps({"data": pixels[name].reshape(20, -1), "labels": labels}))
+        content = {"data": pixels[name].reshape(20, -1), "labels": [i % 10 for i in range(20)]}
+        (base / name).write_bytes(pickle.dumps(content))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}))
     args = lt.Args(dataset="cifar10", data_dir=str(tmp_path))
     with pytest.raises(SystemExit, match="--data-dir .* not found or corrupted"):
@@ -214,12 +197,14 @@ def test_torchvision_s_sets(tmp_path, monkeypatch):
     assert torch.equal(parts["test"][0], torch.from_numpy(pixels["test_batch"]).permute(0, 2, 3, 1))
     assert [parts[split][1].bincount().tolist() for split in lt.SPLITS] == [[9] * 10, [1] * 10, [2] * 10]
     moments = lt.pixel_statistics(parts["train"][0])
-    plain = lt.Images(*parts["test"], moments, 32, 32, "none").batch(slice(0, 4), torch.arange(20))[0]
-    assert plain.shape == (4, 3, 32, 32)
+
+    def batch(size):
+        return lt.Images(*parts["test"], moments, 32, size, "none").batch(slice(0, 4), torch.arange(20))[0]
+
+    assert batch(32).shape == (4, 3, 32, 32)
     for size in (16, 64):  # --image-size
-        images = lt.Images(*parts["test"], moments, 32, size, "none").batch(slice(0, 4), torch.arange(20))[0]
-        expected = F.interpolate(plain, (size, size), mode="bilinear", antialias=size < 32)
-        assert images.shape == (4, 3, size, size) and torch.allclose(images, expected)
+        expected = F.interpolate(batch(32), (size, size), mode="bilinear", antialias=size < 32)
+        assert batch(size).shape == (4, 3, size, size) and torch.allclose(batch(size), expected)
 
 
 def test_folders_are_split_by_seed_and_within_classes(folder):
@@ -243,11 +228,10 @@ def test_folders_that_are_split_already_and_odd_images(folder, tmp_path, capsys)
             (tmp_path / split / kind).mkdir(parents=True)
             for i in numbers:
                 shutil.copy(folder / kind / f"{i:02d}.png", tmp_path / split / kind)
-    odd, ramp = tmp_path / "test/aa", np.tile(np.arange(48, dtype=np.uint8) * 5, (48, 1))
-    for split in lt.SPLITS:
         shutil.copytree(folder / "slanting", tmp_path / split / "aa")
-    shutil.rmtree(odd)
-    odd.mkdir()
+    odd, ramp = tmp_path / "test/aa", np.tile(np.arange(48, dtype=np.uint8) * 5, (48, 1))
+    for path in odd.iterdir():
+        path.unlink()
     Image.fromarray(np.dstack([ramp, ramp, ramp, np.zeros_like(ramp)]), "RGBA").save(odd / "a_transparent.png")
     turned = Image.fromarray(ramp.T.copy())
     exif = turned.getexif()
@@ -255,9 +239,6 @@ def test_folders_that_are_split_already_and_odd_images(folder, tmp_path, capsys)
     turned.save(odd / "b_turned.png", exif=exif)
     (odd / "c_broken.png").write_bytes(b"no image")
     Image.new("1", (30_000, 30_000)).save(odd / "d_bomb.png")
-    Image.new("1", (1, 60_000)).save(tmp_path / "thread.png")
-    with pytest.raises(ValueError, match="too long"):
-        lt.open_image(str(tmp_path / "thread.png"), 224)
     Image.fromarray(np.full((40, 60), 300, np.uint16)).save(odd / "e_deep.png")
     classes, parts, _ = data_of(tmp_path)
     out = capsys.readouterr().out
@@ -268,21 +249,9 @@ def test_folders_that_are_split_already_and_odd_images(folder, tmp_path, capsys)
     assert (found[0] == 255).all(), "transparent is white"
     assert (found[1] - expected.flip(2)).abs().max() <= 3, "turned upright"
     shutil.rmtree(tmp_path / "test")
-    (tmp_path / "valid").mkdir()
-    with pytest.raises(SystemExit, match="two of train, val, valid are for validation"):
-        data_of(tmp_path)
     os.rename(tmp_path / "val", tmp_path / "valid")
     classes, parts, _ = data_of(tmp_path)  # a tenth of what is to train is for the test
     assert classes == ["aa", "level", "upright"] and [len(parts[split][1]) for split in lt.SPLITS] == [90, 50, 10]
-
-
-def test_links_do_not_put_a_picture_into_several_splits(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "set")
-    (tmp_path / "set/level/up").symlink_to(tmp_path / "set")
-    (tmp_path / "set/level/again.png").symlink_to("../upright/00.png")
-    classes, _, rows = data_of(tmp_path / "set")
-    assert len(rows) == len({os.path.realpath(tmp_path / "set" / row["path"]) for row in rows}) == 3 * 40
-    assert {row["path"].count("/") for row in rows} == {1} and classes == ["level", "slanting", "upright"]
 
 
 @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip"])
@@ -295,23 +264,22 @@ def test_augmentation_on_the_device(augment, margin):
     assert torch.allclose(moments[0].double(), numbers.mean(dim=(0, 1, 2)), atol=1e-4)
     assert torch.allclose(moments[1].double(), numbers.std(dim=(0, 1, 2), correction=0), atol=1e-4)
     split, seen = lt.Images(pixels, torch.arange(20) % 2, moments, 16, 16, augment), []
+    assert split.span == (0 if augment == "none" and not margin else 4)
     for epoch in range(2):
         order, corners, mirrored = plan = split.plan_epoch(3, epoch)
-        assert sorted(order.tolist()) == list(range(20)) and split.span == (
-            0 if augment == "none" and not margin else 4
-        )
+        assert sorted(order.tolist()) == list(range(20))
         for part in (slice(0, 16), slice(16, 32)):
             images, labels = split.batch(part, *plan)
             assert images.is_contiguous(memory_format=torch.channels_last)
             for row, i in enumerate(order[part].tolist()):
-                image = pixels[i].permute(2, 0, 1).float()
-                y, x = corners[part][row].tolist()
+                image, (y, x) = pixels[i].permute(2, 0, 1).float(), corners[part][row].tolist()
                 if augment == "none":
-                    image = image[:, margin // 2 : margin // 2 + 16, margin // 2 : margin // 2 + 16]
-                else:
-                    image = image if margin else F.pad(image, (2, 2, 2, 2))
-                    image = image[:, y : y + 16, x : x + 16]
-                    image = image.flip(2) if augment == "crop-flip" and mirrored[part][row] else image
+                    y = x = margin // 2
+                elif not margin:
+                    image = F.pad(image, (2, 2, 2, 2))
+                image = image[:, y : y + 16, x : x + 16]
+                if augment == "crop-flip" and mirrored[part][row]:
+                    image = image.flip(2)
                 expected = (image - moments[0].view(3, 1, 1)) / moments[1].view(3, 1, 1)
                 assert torch.equal(images[row], expected) and labels[row] == i % 2
         seen.append(torch.cat([order, corners.flatten(), mirrored]))
@@ -319,19 +287,17 @@ def test_augmentation_on_the_device(augment, margin):
 
 
 # ---------------------------------------------------------------------------------------------------------------- CUDA
-
-
 def test_weights_are_drawn_on_the_cpu_before_the_network_moves(monkeypatch):
     calls, draw = [], nn.init.xavier_uniform_
 
     def drawn(tensor, generator):
-        calls.append(("draw", tensor.device.type, generator.device.type))
+        calls.append((tensor.device.type, generator.device.type))
         return draw(tensor, generator=generator)
 
     monkeypatch.setattr(nn.init, "xavier_uniform_", drawn)
-    monkeypatch.setattr(nn.Module, "to", lambda self, device, **_: calls.append(("move", str(device))) or self)
+    monkeypatch.setattr(nn.Module, "to", lambda self, device, **_: calls.append(str(device)) or self)
     lt.make_network("conv", 3, 16, lt.random_stream(0), lt.random_stream(1), torch.device("cuda"))
-    assert calls == [("draw", "cpu", "cpu")] * 5 + [("move", "cuda")]
+    assert calls == [("cpu", "cpu")] * 5 + ["cuda"]
 
 
 @pytest.mark.parametrize("arch", ["conv", "mlp", "resnet18"])
@@ -366,8 +332,6 @@ def test_a_round_on_fake_cuda(arch, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------------- source runs
-
-
 def test_a_source_run_leaves_tickets(source, folder):
     rows, logged = rows_of(source), scalars(source, ())
     assert source.name == f"{folder.name}__lottery_ticket__conv__own-global__1"
@@ -384,9 +348,9 @@ def test_a_source_run_leaves_tickets(source, folder):
         for state in (ticket["weights"], ticket["trained"]):
             assert all((state[name][~m] == 0).all() and (state[name][m] != 0).all() for name, m in mask.items())
         expected = {"arch": "conv", "dataset": folder.name, "image_size": 16, "seed": 1, "pruning": "global",
-                    "rewind": "1ep2it", "round": r, "classes": ["level", "slanting", "upright"]}  # fmt: skip
-        assert {name: meta[name] for name in expected} == expected
-        assert meta["test_accuracy"] == float(row["test_accuracy"]) and row["epochs"] == "3"
+                    "rewind": "1ep2it", "round": r, "classes": ["level", "slanting", "upright"],
+                    "test_accuracy": float(row["test_accuracy"])}  # fmt: skip
+        assert {name: meta[name] for name in expected} == expected and row["epochs"] == "3"
         left -= round(0.2 * left)
     accuracies = [(r, pytest.approx(float(row["test_accuracy"]))) for r, row in enumerate(rows)]
     assert logged["rounds/test_accuracy"] == accuracies
@@ -397,42 +361,40 @@ def test_a_source_run_leaves_tickets(source, folder):
         assert [row["split"] for row in csv.DictReader(file)] == ["train"] * 96 + ["val"] * 12 + ["test"] * 12
 
 
+def assert_pruned_and_rewound(run_dir, kind, lr_rewinding=False):
+    first = load(run_dir / "round_00.pt")
+    for r in (1, 2):
+        ticket, previous = load(run_dir / f"round_{r:02d}.pt"), load(run_dir / f"round_{r - 1:02d}.pt")
+        assert same(ticket["mask"], lt.prune(previous["trained"], previous["mask"], kind, 0.2))
+        begun = previous["trained"] if lr_rewinding else first["weights"]
+        assert same(ticket["weights"], {n: tensor * ticket["mask"].get(n, ANY) for n, tensor in begun.items()})
+
+
 def test_rounds_are_rewound_in_every_tensor(source):
     first = load(source / "round_00.pt")
     start = lt.make_network("conv", 3, 16, lt.random_stream(1, "source")).state_dict()
     assert first["weights"]["trunk.1.num_batches_tracked"] == 8  # 1ep2it
     assert not torch.equal(first["weights"]["trunk.0.weight"], start["trunk.0.weight"]), "late rewinding"
-    for r in (1, 2):
-        ticket, previous = load(source / f"round_{r:02d}.pt"), load(source / f"round_{r - 1:02d}.pt")
-        assert same(ticket["mask"], lt.prune(previous["trained"], previous["mask"], "global", 0.2))
-        for name, tensor in ticket["weights"].items():
-            mask = ticket["mask"].get(name, torch.ones((), dtype=torch.bool))
-            assert torch.equal(tensor, first["weights"][name] * mask), name
+    assert_pruned_and_rewound(source, "global")
 
 
 def test_learning_rate_rewinding_keeps_the_trained_weights(source, folder, tmp_path):
     """Renda et al. (2020), by channels: the same first round; then trained weights and the rewind point's schedule."""
-    flags = [*SMALL, *SHORT, "--pruning", "channel", "--control", "lr-rewinding"]
-    run(SCRIPT, "--dataset", f"folder:{folder}", *flags, cwd=tmp_path)
+    train(folder, *SMALL, *SHORT, "--pruning", "channel", "--control", "lr-rewinding", cwd=tmp_path)
     other = only_run(tmp_path / "runs")
     assert other.name.split("__")[3] == "own-channel-lr-rewinding"
     assert same(load(other / "round_00.pt")["trained"], load(source / "round_00.pt")["trained"])
+    assert_pruned_and_rewound(other, "channel", lr_rewinding=True)
     for r in (1, 2):
-        ticket, previous = load(other / f"round_{r:02d}.pt"), load(other / f"round_{r - 1:02d}.pt")
-        assert same(ticket["mask"], lt.prune(previous["trained"], previous["mask"], "channel", 0.2))
-        for name, tensor in ticket["weights"].items():
-            assert torch.equal(tensor, previous["trained"][name] * ticket["mask"].get(name, torch.tensor(True))), name
         rates = [(2, pytest.approx(0.1 * 0.2)), (3, pytest.approx(0.1 * 0.02))]
         assert scalars(other)[f"round_0{r}/learning_rate"] == rates
-        assert ticket["trained"]["trunk.1.num_batches_tracked"] == 18 + 10 * r
+        assert load(other / f"round_0{r}.pt")["trained"]["trunk.1.num_batches_tracked"] == 18 + 10 * r
 
 
 def test_a_round_by_hand(source, folder):
     """From the rewind point on: images and learning rates of their epochs, a new optimizer, masks; then its metrics."""
-    ticket, row = load(source / "round_01.pt"), rows_of(source)[1]
-    _, parts, _ = data_of(folder)
-    moments = lt.pixel_statistics(parts["train"][0])
-    split = lt.Images(*parts["train"], moments, 16, 16, "crop")
+    ticket, row, (_, parts, _) = load(source / "round_01.pt"), rows_of(source)[1], data_of(folder)
+    split = lt.Images(*parts["train"], lt.pixel_statistics(parts["train"][0]), 16, 16, "crop")
     network = lt.make_network("conv", 3, 16, lt.random_stream(9))
     network.load_state_dict(ticket["weights"])
     decayed, rest = ([p for p in network.parameters() if (p.ndim > 1) == many] for many in (True, False))
@@ -463,7 +425,7 @@ def test_a_round_by_hand(source, folder):
 
 def test_early_stopping_waits_for_the_rewind_point(folder, tmp_path):
     flags = ["--patience", 1, "--epochs", 30, "--rewind", "5ep", "--rounds", 2, "--learning-rate", 3]
-    run(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *flags, cwd=tmp_path)
+    train(folder, *SMALL, *flags, cwd=tmp_path)
     rows, logged = rows_of(only_run(tmp_path / "runs")), scalars(only_run(tmp_path / "runs"))
     for r, row in enumerate(rows):
         losses = [value for _, value in logged[f"round_0{r}/val_loss"]]
@@ -477,8 +439,7 @@ def test_small_networks_have_a_short_schedule_and_the_eta_is_that_of_the_run(fol
     steps, step = [], torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, "step", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs))
     monkeypatch.setattr(time, "perf_counter", lambda: 10.0 * len(steps))  # an update takes ten seconds
-    flags = [*SMALL[:-2], "--rounds", 3, "--prune-fraction", 0.5]
-    out = run(SCRIPT, "--dataset", f"folder:{folder}", *flags, cwd=tmp_path).stdout
+    out = train(folder, *SMALL[:-2], "--rounds", 3, "--prune-fraction", 0.5, cwd=tmp_path).stdout
     settings = json.loads((only_run(tmp_path / "runs") / "hyperparameters.json").read_text())
     assert settings["epochs"] == 6 and settings["milestones"] == [3, 4, 5] and settings["rewind"] == "2ep"
     # 35 updates of the first round and 24 of each of the others
@@ -486,16 +447,13 @@ def test_small_networks_have_a_short_schedule_and_the_eta_is_that_of_the_run(fol
 
 
 # --------------------------------------------------------------------------------------------- stopping and going on
-
-
 def assert_like(again, source):
     """A run that was stopped and went on has the same rounds, tickets and points as one that was not."""
-    times = {"charts/images_per_second"}
-    assert rows_of(again) == rows_of(source) and scalars(again, times) == scalars(source, times)
+    assert rows_of(again) == rows_of(source)
+    assert scalars(again, {"rounds/seconds"}) == scalars(source, {"rounds/seconds"})
     for r in range(3):
         one, other = load(source / f"round_{r:02d}.pt"), load(again / f"round_{r:02d}.pt")
         assert all(same(one[name], other[name]) for name in ("mask", "weights", "trained"))
-    assert not list(again.glob("*.tmp"))
 
 
 def test_a_run_stopped_again_and_again_is_the_same(source, folder, tmp_path, monkeypatch):
@@ -514,20 +472,19 @@ def test_a_run_stopped_again_and_again_is_the_same(source, folder, tmp_path, mon
     monkeypatch.setattr(torch.optim.SGD, "step", lambda *args, **kwargs: (step(*args, **kwargs), count("update")))
     monkeypatch.setattr(F, "cross_entropy", counted_loss)
     monkeypatch.setattr(time, "perf_counter", lambda: 1.0 * len(calls))
-    flags = ["--dataset", f"folder:{folder}", *SMALL, *SHORT]
-    for i, stop[:] in enumerate(
-        [("update", 3), ("update", 7), ("test", 1), ("update", 8), ("test", 3), ("update", 11)]
-    ):
+    flags, run_dir = ["--dataset", f"folder:{folder}", *SMALL, *SHORT], tmp_path / "runs" / source.name
+    stops = [("update", 3), ("update", 7), ("test", 1), ("update", 8), ("test", 3), ("update", 11)]
+    for i, stop[:] in enumerate(stops):
         calls.clear()
         if i % 2:
-            flags = ["--resume", next(iter((tmp_path / "runs").iterdir())) / ("last.pt" if i == 3 else "")]
+            flags = ["--resume", run_dir / ("last.pt" if i == 3 else "")]
         done = run(SCRIPT, *flags, cwd=tmp_path, check=False)
         assert done.returncode == 130 and "goes on after the last finished epoch" in done.stderr, done.stderr
     stop[1] = 0
-    run(SCRIPT, *flags, cwd=tmp_path)
-    assert_like(only_run(tmp_path / "runs"), source)
-    assert "all rounds are done" in run(SCRIPT, *flags, cwd=tmp_path).stdout
-    assert_like(only_run(tmp_path / "runs"), source)
+    assert not list(run_dir.glob("*.tmp"))
+    for _ in range(2):
+        assert "all rounds are done" in run(SCRIPT, *flags, cwd=tmp_path).stdout
+        assert_like(only_run(tmp_path / "runs"), source)
 
 
 def test_a_run_killed_in_the_middle_of_a_round(source, folder, tmp_path):
@@ -543,81 +500,63 @@ def test_a_run_killed_in_the_middle_of_a_round(source, folder, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait(timeout=120) == -9
     run_dir = only_run(tmp_path / "runs")
-    (run_dir / "round_01.pt.1234.tmp").write_bytes(b"half")
     with lt.SummaryWriter(run_dir, filename_suffix=".round_01") as writer:  # a point that came after the checkpoint
         writer.add_scalar("round_01/val_loss", 9.0, 2)
     run(SCRIPT, *flags, cwd=tmp_path)
     assert_like(run_dir, source)
 
 
-def test_a_full_disk_gets_one_line_and_leaves_nothing_half_written(source, folder, tmp_path, monkeypatch):
-    save, flags, written = torch.save, ["--dataset", f"folder:{folder}", *SMALL, *SHORT], []
+def test_a_full_disk_gets_one_line_and_leaves_nothing_half_written(tmp_path):
+    def full(path):
+        assert f".{os.getpid()}." in path, "a temporary name without the process"
+        (tmp_path / path).write_bytes(b"a part")
+        raise OSError(28, "No space left on device")
 
-    def full(content, path):
-        written.append(path)
-        if len(written) == 4:  # the checkpoint after the second round
-            with open(path, "wb") as file:
-                file.write(b"a part")
-            raise OSError(28, "No space left on device")
-        save(content, path)
-
-    monkeypatch.setattr(torch, "save", full)
-    done = run(SCRIPT, *flags, cwd=tmp_path, check=False)
-    run_dir = only_run(tmp_path / "runs")
-    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0 and "No space left" in done.stderr
-    assert not list(run_dir.glob("*.tmp")) and len(load(run_dir / "last.pt")["rows"]) == 1
-    assert all(f".{os.getpid()}." in path for path in written), "a temporary name without the process"
-    monkeypatch.undo()
-    run(SCRIPT, *flags, cwd=tmp_path)
-    assert_like(run_dir, source)
+    checkpoint = str(tmp_path / "last.pt")
+    lt.save_atomically(checkpoint, lambda path: torch.save({"rows": [1]}, path))
+    with pytest.raises(SystemExit, match=r"error: cannot write .*last.pt: \[Errno 28\] No space left on device$"):
+        lt.save_atomically(checkpoint, full)
+    assert load(checkpoint) == {"rows": [1]} and os.listdir(tmp_path) == ["last.pt"]
 
 
 def test_on_resume_the_command_line_wins_but_other_flags_are_no_way_to_go_on(source, folder, tmp_path):
-    shutil.copytree(source, tmp_path / "runs" / source.name)
-    settings = tmp_path / "runs" / source.name / "hyperparameters.json"  # an earlier version's has fewer
-    settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "built_for"}))
-    run(SCRIPT, "--resume", tmp_path / "runs" / source.name, "--rounds", 4, cwd=tmp_path)
-    rows = rows_of(only_run(tmp_path / "runs"))
+    run_dir = tmp_path / "runs" / source.name
+    shutil.copytree(source, run_dir)
+    settings = json.loads((run_dir / "hyperparameters.json").read_text())
+    settings.pop("built_for")  # an earlier version's has fewer
+    (run_dir / "hyperparameters.json").write_text(json.dumps(settings))
+    run(SCRIPT, "--resume", run_dir, "--rounds", 4, cwd=tmp_path)
+    rows = rows_of(run_dir)
     assert rows[:3] == rows_of(source) and int(rows[3]["remaining"]) == round(0.8 * int(rows[2]["remaining"]))
-    flags = ["--dataset", f"folder:{folder}", *SMALL, *SHORT, "--rounds", 5, "--learning-rate", 3]
-    for again in (flags, ["--resume", tmp_path / "runs" / source.name, "--learning-rate", 3]):
-        done = run(SCRIPT, *again, cwd=tmp_path, check=False)
+    flags = ["--dataset", f"folder:{folder}", *SMALL, *SHORT, "--rounds", 5]
+    for again in (flags, ["--resume", run_dir]):
+        done = run(SCRIPT, *again, "--learning-rate", 3, cwd=tmp_path, check=False)
         assert done.returncode == 1 and "made with other flags: learning_rate; another --exp-name" in done.stderr
     assert rows_of(only_run(tmp_path / "runs")) == rows
 
 
 # ----------------------------------------------------------------------------------------------------------- transfer
-
-
-def target_network(classes=2, seed=1):
+def target_network():
     """As the script makes it for a target."""
-    return lt.make_network("conv", classes, 16, lt.random_stream(seed, "control"), lt.random_stream(seed, "head"))
+    return lt.make_network("conv", 2, 16, lt.random_stream(1, "control"), lt.random_stream(1, "head"))
 
 
 def test_controls_differ_from_the_ticket_only_in_what_they_claim(source):
-    path, found = str(source / "round_02.pt"), {}
-    for control in ("none", "reinit", "random-mask", "trained"):
+    ticket, first, random = load(source / "round_02.pt"), load(source / "round_00.pt"), target_network().state_dict()
+    of_source = lt.make_network("conv", 3, 16, lt.random_stream(1, "source")).state_dict()
+    assert not any(torch.equal(random[name], of_source[name]) for name in ticket["mask"]), "the source's, again"
+    weights = {"none": ticket["weights"], "reinit": random, "trained": ticket["trained"],
+               "random-mask": first["weights"]}  # fmt: skip
+    for control, expected in weights.items():
         network = target_network()
-        masks = lt.start_from_ticket(network, path, control, 1)
-        found[control] = masks, network.state_dict()
-        assert all((network.state_dict()[name][~mask] == 0).all() for name, mask in masks.items())
-    ticket, first = load(path), load(source / "round_00.pt")
-    random = target_network().state_dict()
-    theta_0 = lt.make_network("conv", 3, 16, lt.random_stream(1, "source")).state_dict()
-    for name, tensor in ticket["weights"].items():
-        mask = ticket["mask"].get(name, torch.ones((), dtype=torch.bool))
-        if name.startswith("fc."):
-            assert all(torch.equal(state[name], random[name]) for _, state in found.values())
-            continue
-        assert torch.equal(found["none"][1][name], tensor)
-        assert torch.equal(found["reinit"][1][name], random[name] * mask), "same mask, new weights, fresh statistics"
-        assert torch.equal(found["trained"][1][name], ticket["trained"][name]), "same mask, weights after training"
-        drawn = found["random-mask"][0].get(name, torch.ones((), dtype=torch.bool))
-        assert torch.equal(found["random-mask"][1][name], first["weights"][name] * drawn), "another mask, same weights"
-        if name in ticket["mask"]:
-            assert drawn.sum() == mask.sum() and not torch.equal(drawn, mask)
-            assert not torch.equal(random[name], theta_0[name]), "the source's own initial weights again"
-    assert all(same(found[control][0], ticket["mask"]) for control in ("none", "reinit", "trained"))
+        masks = lt.start_from_ticket(network, str(source / "round_02.pt"), control, 1)
+        assert masks.keys() == ticket["mask"].keys()
+        for name, mask in masks.items():
+            assert torch.equal(mask, ticket["mask"][name]) == (control != "random-mask")
+            assert mask.sum() == ticket["mask"][name].sum()
+        expected = {name: tensor * masks.get(name, ANY) for name, tensor in expected.items()}
+        last_layer = {name: random[name] for name in ("fc.weight", "fc.bias")}
+        assert same(network.state_dict(), expected | last_layer), control
     network = target_network()
     lt.start_from_ticket(network, str(source / "round_00.pt"), "reinit", 1)
     assert same(network.state_dict(), random), "without a mask that is the dense network"
@@ -627,94 +566,68 @@ TRANSFER = ["--batch-size", 16, "--learning-rate", 0.02, "--epochs", 2]
 
 
 def test_all_tickets_of_a_source_on_a_target(source, target, tmp_path):
-    flags = ["--dataset", f"folder:{target}", *TRANSFER]
-    run(SCRIPT, "--tickets", source / "round_01.pt", *flags, "--save-networks", cwd=tmp_path)
-    run_dir = only_run(tmp_path / "runs")
-    name = source.name.split("__")[0]
+    name, runs = source.name.split("__")[0], tmp_path / "runs"
+    train(target, *TRANSFER, "--tickets", source / "round_01.pt", "--save-networks", cwd=tmp_path)
+    run_dir = only_run(runs)
     assert run_dir.name == f"Human LBA__lottery_ticket__conv__{name}-global__1"
     network = load(run_dir / "network_01.pt")
     assert network["trained"]["fc.weight"].shape == (2, 256) and network["meta"]["classes"] == ["level", "upright"]
     assert all((network["trained"][name][~mask] == 0).all() for name, mask in network["mask"].items())
     assert network["trained"]["trunk.1.num_batches_tracked"] == 8 + 4 * int(rows_of(run_dir)[0]["best_epoch"])
-    out = run(SCRIPT, "--tickets", source, *flags, cwd=tmp_path).stdout
+    out = train(target, *TRANSFER, "--tickets", source, cwd=tmp_path).stdout
     assert "round 0:" in out and "round 1:" not in out, "done before"
-    rows = rows_of(run_dir)
-    assert [row["round"] for row in rows] == ["0", "1", "2"]
-    assert [row["sparsity"] for row in rows] == [row["sparsity"] for row in rows_of(source)]
+    sparsities = [[(row["round"], row["sparsity"]) for row in rows_of(path)] for path in (run_dir, source)]
+    assert sparsities[0] == sparsities[1] and len(sparsities[0]) == 3
     for control in ("reinit", "random-mask", "trained", "dense"):
-        run(SCRIPT, "--tickets", source, "--rounds", 2, "--control", control, *flags, cwd=tmp_path)
-    arms = {path.name.split("__")[3]: rows_of(path) for path in (tmp_path / "runs").iterdir()}
+        train(target, *TRANSFER, "--tickets", source, "--rounds", 2, "--control", control, cwd=tmp_path)
+    arms = {path.name.split("__")[3]: rows_of(path) for path in runs.iterdir()}
     assert set(arms) == {"dense", *(f"{name}-global{end}" for end in ("", "-reinit", "-random-mask", "-trained"))}
     assert arms[f"{name}-global-reinit"][0] == arms["dense"][0], "the unpruned random network, twice"
     assert [len(rows) for rows in arms.values()].count(2) == 3
-    run(SCRIPT, "--control", "dense", "--arch", "conv", "--image-size", 16, *flags, "--exp-name", "alone", cwd=tmp_path)
-    (alone,) = (tmp_path / "runs").glob("*__alone__*")
-    assert rows_of(alone) == arms["dense"], "without a ticket at hand"
+    alone = ["--control", "dense", "--arch", "conv", "--image-size", 16, "--logdir", "alone"]
+    train(target, *TRANSFER, *alone, cwd=tmp_path)
+    assert rows_of(only_run(tmp_path / "alone")) == arms["dense"], "without a ticket at hand"
 
 
-def test_tickets_that_do_not_fit_or_would_write_elsewhere(source, target, tmp_path):
-    flags, path = ["--dataset", f"folder:{target}", *TRANSFER], tmp_path / "round_02.pt"
-    ticket = load(source / "round_02.pt")
-    mask = {name: mask for name, mask in ticket["mask"].items() if name != "trunk.4.weight"}
-    elsewhere = {"meta": ticket["meta"] | {"dataset": "../../elsewhere"}}
-    for change, more, says in [
-        ({}, ["--arch", "resnet18"], "--arch resnet18: "),
-        ({"mask": mask}, [], "does not fit the network"),
-        (elsewhere, [], "is not the name of a folder"),
+def test_tickets_of_another_network_or_run_are_refused_and_variants_are_other_arms(source, target, tmp_path):
+    ticket, other = load(source / "round_02.pt"), tmp_path / "another/round_02.pt"
+    other.parent.mkdir()
+    train(target, *TRANSFER, "--tickets", source, "--rounds", 1, cwd=tmp_path)
+    for arm, flags, says in [
+        ("own-global", ["--arch", "resnet18"], "--arch resnet18: "),
+        ("own-global", [], "made with other flags: source_run"),
+        ("own-global-lr-rewinding-0.5", [], ""),
     ]:
-        torch.save(ticket | change, path)
-        done = run(SCRIPT, "--tickets", path, *flags, *more, cwd=tmp_path, check=False)
-        assert done.returncode == 1 and says in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
-    assert not list(tmp_path.rglob("elsewhere*"))
-    done = run(SCRIPT, "--tickets", source / "round_02.pt", *flags, "--rounds", 2, cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "--rounds 2 leaves none of them" in done.stderr
-    run(SCRIPT, "--tickets", source, *flags, "--rounds", 1, cwd=tmp_path)
-    for control, says in (("none", "made with other flags: source_run"), ("lr-rewinding", "")):
-        other = tmp_path / f"of-another-{control}"
-        other.mkdir()
-        torch.save(ticket | {"meta": ticket["meta"] | {"control": control}}, other / "round_02.pt")
-        done = run(SCRIPT, "--tickets", other, *flags, cwd=tmp_path, check=False)
-        assert done.returncode == bool(says) and says in done.stderr
-    arms = {path.name.split("__")[3] for path in (tmp_path / "runs").iterdir()}
-    name = source.name.split("__")[0]
-    assert arms == {f"{name}-global", f"{name}-global-of-lr-rewinding"}
+        torch.save(ticket | {"meta": ticket["meta"] | {"arm": arm}}, other)
+        done = train(target, *TRANSFER, *flags, "--tickets", other, cwd=tmp_path, check=False)
+        assert done.returncode == bool(says) and says in done.stderr and done.stderr.count("\n") <= 1, done.stderr
+    name, arms = source.name.split("__")[0], {path.name.split("__")[3] for path in (tmp_path / "runs").iterdir()}
+    assert arms == {f"{name}-global", f"{name}-global-of-lr-rewinding-0.5"}
 
 
 # ------------------------------------------------------------------------------------------------------------- reports
-
-
-COLUMNS = ["round", "sparsity", "val_accuracy", "test_accuracy"]
-
-
 def made_up(root, arm, seed, accuracies, **more):
     """A run's folder with a results.csv of these (validation, test) accuracies."""
     folder = root / f"Human LBA__lottery_ticket__conv__{arm}__{seed}"
     folder.mkdir(parents=True)
-    more = {"target": "Human LBA", "arm": arm, "seed": seed, "exp_name": "lottery_ticket", "control": "none",
-            "arch": "conv", "train_fraction": 1.0, "epochs": 9} | more  # fmt: skip
-    (folder / "hyperparameters.json").write_text(json.dumps(more))
-    with open(folder / "results.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        table.writeheader()
-        for r, (val, test) in enumerate(accuracies):
-            row = dict.fromkeys(COLUMNS, 1) | {"round": r, "sparsity": 1 - 0.8**r, "val_accuracy": val}
-            table.writerow(row | {"test_accuracy": test})
-    return folder
+    settings = {"target": "Human LBA", "arm": arm, "seed": seed, "exp_name": "lottery_ticket", "arch": "conv"}
+    (folder / "hyperparameters.json").write_text(json.dumps(settings | {"epochs": 9} | more))
+    rows = [f"{r},{1 - 0.8**r},{val},{test}\n" for r, (val, test) in enumerate(accuracies)]
+    (folder / "results.csv").write_text("".join(["round,sparsity,val_accuracy,test_accuracy\n", *rows]))
 
 
-def test_report_of_made_up_runs(tmp_path, capsys):
-    made_up(tmp_path / "runs", "dense", 1, [(0.7, 0.7)], control="dense")
-    made_up(tmp_path / "runs", "dense", 2, [(0.72, 0.74)], control="dense")
+def test_report_of_made_up_runs(tmp_path):
+    runs, flags = tmp_path / "runs", ["--report", tmp_path / "runs", "--out", tmp_path / "out"]
+    made_up(runs, "dense", 1, [(0.7, 0.7)])
+    made_up(runs, "dense", 2, [(0.72, 0.74)])
     for seed, shift in ((1, 0.0), (2, 0.02), (3, 0.04)):
         curve = [(0.70, 0.70), (0.80, 0.75), (0.78, 0.79)]
-        made_up(tmp_path / "runs", "own-global", seed, [(val + shift, test + shift) for val, test in curve])
-    made_up(tmp_path / "runs", "cifar10-global", 1, [(0.6, 0.65), (0.5, 0.6)], source_dataset="cifar10")
-    made_up(tmp_path / "runs", "cifar10-global-reinit", 1, [(0.5, 0.5)], source_dataset="cifar10", control="reinit")
-    out = run(SCRIPT, "--report", tmp_path / "runs", "--out", tmp_path / "out", cwd=tmp_path).stdout
-    assert (
-        "| round | sparsity | dense, n = 2 | own-global, n = 3 | cifar10-global, n = 1 | cifar10-global-reinit, n = 1 |"
-        in out
-    )
+        made_up(runs, "own-global", seed, [(val + shift, test + shift) for val, test in curve])
+    made_up(runs, "cifar10-global", 1, [(0.6, 0.65), (0.5, 0.6)])
+    made_up(runs, "cifar10-global-reinit", 1, [(0.5, 0.5)])
+    out = run(SCRIPT, *flags, cwd=tmp_path).stdout
+    head = "dense, n = 2 | own-global, n = 3 | cifar10-global, n = 1 | cifar10-global-reinit, n = 1"
+    assert f"| round | sparsity | {head} |" in out
     # means 72 and, for the own tickets, 72, 77, 81; t(.975, 1) = 12.71, sd of 70 and 74 2.83; t(.975, 2) = 4.303, sd 2
     assert "| 0 | 0.000 | 72.00 ± 25.42 | 72.00 ± 4.97 | 65.00 | 50.00 |" in out
     assert "| 2 | 0.360 | – | 81.00 ± 4.97 | – | – |" in out
@@ -725,41 +638,34 @@ def test_report_of_made_up_runs(tmp_path, capsys):
     with Image.open(tmp_path / "out/lottery_Human_LBA.png") as image:
         assert image.size == (850, 420) and len(set(image.convert("L").tobytes())) > 50
     made_up(tmp_path / "larger", "own-global", 1, [(0.9, 0.9)], arch="resnet18")
-    flags = ["--report", tmp_path / "runs", tmp_path / "larger", "--out", tmp_path / "out"]
-    out = run(SCRIPT, *flags, cwd=tmp_path).stdout
+    out = run(SCRIPT, *flags, "--report", runs, tmp_path / "larger", cwd=tmp_path).stdout
     assert "| own-global (conv) | 77.00" in out and "| own-global (resnet18) | 90.00 (0.000)" in out
     assert "| dense (conv) | 72.00 ± 25.42 (0.000) | 72.00 ± 25.42 (0.000) | 71.85 ± 1.12 |" in out
-    made_up(tmp_path / "other", "own-global", 2, [(0.5, 0.5)])
-    done = run(SCRIPT, "--report", tmp_path / "runs", tmp_path / "other", cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "another run of the same arm and seed" in done.stderr
-    made_up(tmp_path / "third", "own-global", 7, [(0.5, 0.5)], epochs=8)
-    done = run(SCRIPT, "--report", tmp_path / "runs", tmp_path / "third", cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "another run of the same arm differ in epochs" in done.stderr
+    for seed, epochs, says in ((2, 9, "another run of the same arm and seed"), (7, 8, "same arm differ in epochs")):
+        made_up(tmp_path / says, "own-global", seed, [(0.5, 0.5)], epochs=epochs)
+        done = run(SCRIPT, "--report", runs, tmp_path / says, cwd=tmp_path, check=False)
+        assert done.returncode == 1 and says in done.stderr
 
 
-CURVES = [("Human-LBA", "human_lba"), ("Lung_Tissues", "lung_tissues"), ("artist-1", "artist_classification_1")]
+CURVES = {"Human-LBA": "human_lba", "Lung_Tissues": "lung_tissues", "artist-1": "artist_classification_1",
+          "type": "type_classification"}  # fmt: skip
+ARMS = {"dense": "baseline", "own-global": "winning_ticket", "own-reinit": "random_mask", "cifar10-global": "cifar10",
+        "cifar100-global": "cifar100", "fashion-mnist-global": "fahion_mnist"}  # fmt: skip
 
 
-@pytest.mark.parametrize("target, file", [*CURVES, ("type", "type_classification")])
-def test_the_authors_curves_give_the_published_table(target, file, tmp_path):
+@pytest.mark.parametrize("target", CURVES)
+def test_the_authors_curves_give_the_published_table(target, tmp_path):
     """Written as runs of this script; the two cells that differ do so in the author's own logs."""
-    with open(ROOT / "tests" / "data" / f"{file}.txt") as curves:
+    with open(ROOT / "tests" / "data" / f"{CURVES[target]}.txt") as curves:
         rounds = list(csv.DictReader(curves, delimiter="\t"))
-    arms = {"dense": "baseline", "own-global": "winning_ticket", "own-reinit": "random_mask"}
-    arms |= {f"{source}-global": source.replace("-", "_") for source in ("cifar10", "cifar100")}
-    arms |= {"fashion-mnist-global": "fahion_mnist"}
-    for arm, column in arms.items():
-        control = {"dense": "dense", "own-reinit": "reinit"}.get(arm, "none")
-        source = None if arm.startswith(("dense", "own")) else arm.removesuffix("-global")
+    for arm, column in ARMS.items():
         curve = [(0.5, float(row[column]) / 100) for row in (rounds if arm != "dense" else rounds[:1])]
-        made_up(tmp_path / "runs", arm, 1, curve, target=target, control=control, source_dataset=source)
+        made_up(tmp_path / "runs", arm, 1, curve, target=target)
     out = run(SCRIPT, "--report", "runs", cwd=tmp_path).stdout
     cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[2:] for line in out.splitlines()}
     wrong = {("Human-LBA", "cifar100-global"), ("Lung_Tissues", "fashion-mnist-global")}
-    for arm in arms:
-        if arm == "own-reinit":
-            assert cells[arm][1] == "–"
-            continue
+    assert cells["own-reinit"][1] == "–"
+    for arm in ARMS.keys() - {"own-reinit"}:
         ours, published = (re.match(r"([\d.]+)[^(]*\(?([\d.]*)", cell).groups() for cell in cells[arm])
         alike = abs(float(ours[0]) - float(published[0])) < 0.011
         alike &= not published[1] or abs(float(ours[1]) - float(published[1])) < 0.021
@@ -767,8 +673,6 @@ def test_the_authors_curves_give_the_published_table(target, file, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
-
-
 @pytest.mark.parametrize(
     "flags, says",
     [
@@ -777,9 +681,9 @@ def test_the_authors_curves_give_the_published_table(target, file, tmp_path):
         ("--dataset folder:flat", "--dataset folder:flat: Couldn't find any class folder"),
         ("--dataset folder:few", "two classes or more are needed, each with images in train, val and test"),
         ("--dataset cifar10", "--data-dir data: Dataset not found"),
-        ("--dataset folder:{folder} --rewind soon", "--rewind soon: epochs (2ep) or updates (500it)"),
         ("--dataset folder:{folder} --rewind 9ep --epochs 9", "--rewind 9ep is 18 updates, and a round has 18"),
-        ("--dataset folder:{folder} --arch conv --exp-name a/b", "is not the name of a folder"),
+        ("--dataset folder:{folder} --rewind 1it2ep", "--rewind 1it2ep: epochs (2ep) or updates (500it)"),
+        ("--dataset folder:{folder} --rewind 500it --epochs 9", "--rewind 500it is 500 updates, and a round has 18"),
         ("--dataset folder:{folder} --arch conv --logdir flat/a.png", "cannot be written"),
         ("--epochs 0", "--epochs must be between 1 and 1000000, not 0"),
         ("--learning-rate nan", "--learning-rate must be between 0 and"),
@@ -804,5 +708,5 @@ def test_bad_input_gets_one_line(flags, says, folder, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path):
     flags = [*SMALL, "--arch", "mlp", "--learning-rate", "1e12", "--epochs", 4]
-    done = run(SCRIPT, "--dataset", f"folder:{folder}", *flags, cwd=tmp_path, check=False)
+    done = train(folder, *flags, cwd=tmp_path, check=False)
     assert done.returncode == 1 and "try a lower --learning-rate" in done.stderr
