@@ -13,6 +13,7 @@
 # ///
 import copy
 import csv
+import glob
 import io
 import os
 import re
@@ -21,7 +22,6 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Literal, NoReturn
 
 import numpy as np
@@ -88,6 +88,7 @@ class Args:
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 SPLITS = ("train", "val", "test")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # that a scheduler gives
+CHECKPOINT = ("args", "classes", "preprocessing", "model", "last", "optimizer")  # what one of this script has
 MISSING = -100  # the class of a missing label, as torch's cross entropy has it
 
 
@@ -96,24 +97,21 @@ def fail(message: str) -> NoReturn:
 
 
 def write_file(path: str, write) -> None:
-    """Have `write` fill a file of a temporary name, which then replaces `path`; half a file is never left."""
+    """Have `write` fill a temporary file, which then replaces `path`: half a file is never left."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises either
-        fail(f"{path} cannot be written: {error}")
-    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+        fail(f"{path} cannot be written: {error}")
 
 
 def write_csv(path: str, rows: list[dict]) -> None:
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, rows[0])
-    table.writeheader()
-    table.writerows(rows)
+    text = io.StringIO()
+    csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
     write_file(path, lambda file: file.write(text.getvalue().encode()))
 
 
@@ -131,22 +129,16 @@ def read_csv(path: str, columns: list[str]) -> list[dict]:
 # Data: rows of an image's path, its split ("" if it has none yet) and the label of every task ("" where missing) ------
 def find_images(folder: str) -> list[str]:
     """Paths of all images below `folder`, relative to it, without what links lead to a second time."""
-    found, seen = {}, set()
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: print(f"left out: {error}")):
-        folders.sort(key=lambda name: (os.path.islink(os.path.join(root, name)), name))
-        if os.path.realpath(root) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(root))
-        for path in (os.path.join(root, name) for name in sorted(names) if name.lower().endswith(IMAGES)):
-            found.setdefault(os.path.realpath(path), os.path.relpath(path, folder))
-    return sorted(found.values()) or fail(f"{folder}: no images in this folder")
+    paths = [path for path in glob.glob("**/*", root_dir=folder, recursive=True) if path.lower().endswith(IMAGES)]
+    paths.sort(key=lambda path: (-len(path), path))  # the shortest path of an image counts
+    unique = {os.path.realpath(os.path.join(folder, path)): path for path in paths}
+    return sorted(unique.values()) or fail(f"{folder}: no images in this folder")
 
 
 def read_folders(folder: str) -> list[dict]:
     """A folder per class; images in train/ and val/ (valid/, validation/) or test/ have their split already."""
-    paths, splits, rows = find_images(folder), {name: name for name in SPLITS}, []
-    splits |= {"valid": "val", "validation": "val"}
+    splits = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+    paths, rows = find_images(folder), []
     top = {path.split(os.sep)[0] for path in paths}
     fixed = "train" in top and len(top & set(splits)) > 1
     for path in paths:
@@ -176,12 +168,10 @@ def read_table(args: Args) -> list[dict]:
 
 def read_torchvision(args: Args) -> tuple[list[dict], dict[str, Dataset]]:
     """Rows and parts of a data set of torchvision that has training, validation and test images."""
-    if args.dataset not in datasets.__all__:
-        fail(f"--dataset {args.dataset}: torchvision has none of that name, but {', '.join(datasets.__all__)}")
-    make, rows = getattr(datasets, args.dataset), []
     try:
+        make, rows = getattr(datasets, args.dataset), []
         parts = {split: make(args.data_dir or "data", split=split, download=args.download) for split in SPLITS}
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError, OSError) as error:
         fail(f"--dataset {args.dataset} with split={'|'.join(SPLITS)}: {error}")
     for split, part in parts.items():
         labels = part._labels if hasattr(part, "_labels") else [part[i][1] for i in range(len(part))]
@@ -197,20 +187,18 @@ def split_data(args: Args, rows: list[dict], trained: dict | None = None) -> tup
         fail(f"the network's labels are {', '.join(trained)}, not {', '.join(tasks)}: see --label-column")
     if args.split_file:
         saved = {row["path"]: row["split"] for row in read_csv(args.split_file, ["path", "split"])}
-        if args.resume and (gone := saved.keys() - {row["path"] for row in rows}):
-            fail(f"--data-dir {args.data_dir} lacks {len(gone):,} of the run's images, as {min(gone)}")
+        gone = saved.keys() - {row["path"] for row in rows}
+        if gone and not args.evaluate:
+            fail(f"--split-file {args.split_file}: {len(gone):,} of its images are not there, as {min(gone)}")
         rows = [row | {"split": saved[row["path"]]} for row in rows if row["path"] in saved]
-        if not rows:
-            fail(f"--split-file {args.split_file}: none of its images is there")
     elif not set(SPLITS) <= given:
         rng, groups, new = np.random.default_rng(args.seed), defaultdict(list), sorted({"test", "val"} - given)
         for row in (row for row in rows if row["split"] in ("", "train")):
             groups[row[tasks[0]] if args.stratify else ""].append(row)
-        for label in sorted(groups, key=lambda label: label or "None"):
-            # a class of three images has one in each split
-            tenth = max(round(len(groups[label]) / 10), int(len(groups[label]) >= 3))
-            for i, member in enumerate(rng.permutation(len(groups[label]))):
-                groups[label][member]["split"] = new[i // tenth] if i < tenth * len(new) else "train"
+        for _, group in sorted(groups.items()):
+            tenth = max(round(len(group) / 10), int(len(group) >= 3))  # three images: one in each split
+            for i, member in enumerate(rng.permutation(len(group))):
+                group[member]["split"] = new[i // tenth] if i < tenth * len(new) else "train"
     classes = {}
     for task in tasks:
         by_split = [{row[task] for row in rows if row["split"] == split} for split in SPLITS]
@@ -231,8 +219,7 @@ class Pictures(Dataset):
     def __init__(self, source: str | dict[str, Dataset], paths: list[str], preprocessing: dict):
         self.source, self.paths, self.size, self.least = source, paths, preprocessing["size"], preprocessing["resize"]
         mode = v2.InterpolationMode(preprocessing["interpolation"])
-        steps = [v2.Resize(self.least, mode, antialias=True), v2.CenterCrop(self.size)]
-        self.transform = v2.Compose([*steps, v2.PILToTensor()])
+        self.transform = v2.Compose([v2.Resize(self.least, mode), v2.CenterCrop(self.size), v2.PILToTensor()])
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int, str]:
         try:
@@ -241,88 +228,86 @@ class Pictures(Dataset):
                 return self.transform(self.source[split][int(number)][0].convert("RGB")), i, ""
             with Image.open(os.path.join(self.source, self.paths[i])) as image:
                 image.draft("RGB", (2 * self.least, 2 * self.least))  # a large JPEG at the fraction that suffices
-                if max(image.size) > 50 * min(image.size):  # its resized pixels would fill the memory
-                    raise ValueError(f"{image.width:,} x {image.height:,} pixels are too long a strip")
                 if image.mode[0] in "IF":
                     raise ValueError(f"mode {image.mode}, while 8 bits a channel are expected")
                 image = ImageOps.exif_transpose(image)
                 if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                    image = image.convert("RGBA")  # over white, as on paper
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
                 return self.transform(image.convert("RGB")), i, ""
         except Exception as error:  # noqa: BLE001 Pillow's plugins raise whatever their formats make them
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), i, f"{type(error).__name__}: {error}"
 
 
 # The network ----------------------------------------------------------------------------------------------------------
-def load_file(path: str) -> dict:
-    """What is in a file, or in that of a run's folder, and its `path`."""
+def load_file(path: str, *needed: str) -> dict:
+    """What is in a file of tensors, or in that of a run's folder, and its `path`."""
     if os.path.isdir(path):
         path = os.path.join(path, next((name for name in os.listdir(path) if name.endswith(".pt")), "*.pt"))
     try:
-        return torch.load(path, map_location="cpu", weights_only=True) | {"path": os.path.abspath(path)}
+        content = torch.load(path, map_location="cpu", weights_only=True) | {"path": os.path.abspath(path)}
     except Exception as error:  # noqa: BLE001 torch's own message advises to trust the file
         fail(f"{path} cannot be loaded: {'there is none' if isinstance(error, OSError) else 'no file of tensors'}")
+    if set(needed) - set(content):
+        fail(f"{path} is not a checkpoint of this script")
+    return content
 
 
-def make_trunk(args: Args, random: bool) -> tuple[nn.Module, int, dict]:
-    """A network without its last layer, the number of its features, and its preprocessing."""
-    if args.arch.startswith("timm:") or args.arch == "xception":
+def make_trunk(arch: str, weights: str, image_size: int | None, random=False) -> tuple[nn.Module, int, dict]:
+    """A network without its last layer, the number of its features, and the preprocessing that goes with `weights`."""
+    names, extra, random = [], {}, random or weights == "none"
+    if arch.startswith("timm:") or arch == "xception":
         import timm  # pip install timm
 
-        name, theirs = args.arch.removeprefix("timm:"), not random and not os.path.isfile(args.weights)
-        if theirs and args.weights != Args.weights:
-            fail(f"--weights {args.weights}: there is no such file")
+        name, theirs = arch.removeprefix("timm:"), weights == Args.weights and not random
         trunk = timm.create_model("legacy_xception" if name == "xception" else name, pretrained=theirs, num_classes=0)
         config = timm.data.resolve_model_data_config(trunk)
         features = getattr(trunk, "head_hidden_size", None) or trunk.num_features
-        size = args.image_size or config["input_size"][-1]
+        size = image_size or config["input_size"][-1]
         preprocessing = {"size": size, "resize": round(size / config["crop_pct"]), "mean": list(config["mean"])}
         preprocessing |= {"std": list(config["std"]), "interpolation": config["interpolation"]}
         random = random or theirs  # nothing more to load
     else:
-        if args.arch not in models.list_models(module=models):
-            fail(f"--arch {args.arch}: torchvision has {', '.join(models.list_models(module=models))}")
-        entries = models.get_model_weights(args.arch)
-        if args.weights not in [*entries.__members__, "none"] and not os.path.isfile(args.weights):
-            fail(f"--weights {args.weights}: neither a file nor one of {', '.join(entries.__members__)}, none")
-        preset = getattr(entries, args.weights, next(iter(entries))).transforms()
-        size = args.image_size or preset.crop_size[0]
+        if arch not in models.list_models(module=models):
+            fail(f"--arch {arch}: torchvision has {', '.join(models.list_models(module=models))}")
+        entries = models.get_model_weights(arch)
+        names = list(entries.__members__)
+        if weights not in [*names, "none"] and not os.path.isfile(weights):
+            fail(f"--weights {weights}: neither a file nor one of {', '.join(names)}, none")
+        preset = getattr(entries, weights, next(iter(entries))).transforms()
+        size = image_size or preset.crop_size[0]
         resize = max(round(preset.resize_size[0] * size / preset.crop_size[0]), size)
         preprocessing = {"size": size, "resize": resize, "mean": list(preset.mean), "std": list(preset.std)}
-        preprocessing["interpolation"] = preset.interpolation.value
-        extra = {"image_size": size} if args.arch.startswith("vit") else {}
-        if args.arch in ("inception_v3", "googlenet"):
+        preprocessing |= {"interpolation": preset.interpolation.value}
+        if arch in ("inception_v3", "googlenet"):
             extra = {"init_weights": random, "aux_logits": False}
             if not random:  # trained on images scaled as TensorFlow scales them
                 preprocessing |= {"mean": [0.5] * 3, "std": [0.5] * 3}
-        trunk = models.get_model(args.arch, weights=None, **extra)
-        if args.arch.startswith("vgg"):  # global average pooling instead of hidden layers, as the paper's VGG19
+        elif arch.startswith("vit"):
+            extra = {"image_size": size}
+        trunk = models.get_model(arch, weights=None, **extra)
+        if arch.startswith("vgg"):  # global average pooling instead of hidden layers, as the paper's VGG19
             features, trunk.avgpool, trunk.classifier = 512, nn.AdaptiveAvgPool2d(1), nn.Identity()
-        elif args.arch.startswith("squeezenet"):
+        elif arch.startswith("squeezenet"):
             features, trunk.classifier = 512, nn.AdaptiveAvgPool2d(1)
         else:
             last = [name for name, module in trunk.named_modules() if isinstance(module, nn.Linear)][-1]
             features = trunk.get_submodule(last).in_features
             trunk.set_submodule(last, nn.Identity())
-    if not random:
-        if os.path.isfile(args.weights):
-            state = load_file(args.weights)
-            state = state.get("model", state.get("state_dict", state))
-        else:  # torchvision downloads it once
-            try:
-                state = entries[args.weights].get_state_dict(progress=False, check_hash=True)
-            except OSError as error:
-                fail(f"--weights {args.weights} cannot be downloaded: {error}")
-        # published files have the names of DenseNet's first version, and older ones no counts of batches
-        state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name): v for name, v in state.items()}
-        if args.arch.startswith("vit") and "encoder.pos_embedding" in state:
-            state = models.vision_transformer.interpolate_embeddings(trunk.image_size, trunk.patch_size, state)
-        needed = {name: v.shape for name, v in trunk.state_dict().items() if not name.endswith("num_batches_tracked")}
-        wrong = [name for name, shape in needed.items() if getattr(state.get(name), "shape", None) != shape]
-        if wrong:
-            fail(f"--weights {args.weights} is of another architecture: {len(wrong):,} tensors, as {wrong[0]}")
-        trunk.load_state_dict(state, strict=False)
+    if random:
+        return trunk, features, preprocessing
+    if weights in names:  # torchvision downloads it once
+        state = entries[weights].get_state_dict(progress=False, check_hash=True)
+    else:
+        state = load_file(weights)
+        state = state.get("model", state.get("state_dict", state))
+    # published files have the names of DenseNet's first version, and older ones no counts of batches
+    state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name): v for name, v in state.items()}
+    if arch.startswith("vit") and "encoder.pos_embedding" in state:
+        state = models.vision_transformer.interpolate_embeddings(trunk.image_size, trunk.patch_size, state)
+    needed = {name: v.shape for name, v in trunk.state_dict().items() if not name.endswith("num_batches_tracked")}
+    if wrong := [name for name, shape in needed.items() if getattr(state.get(name), "shape", None) != shape]:
+        fail(f"--weights {weights} is of another architecture: {len(wrong):,} tensors, as {wrong[0]}")
+    trunk.load_state_dict(state, strict=False)
     return trunk, features, preprocessing
 
 
@@ -347,12 +332,6 @@ class Classifier(nn.Module):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
 
-    def train(self, mode: bool = True):
-        super().train(mode)
-        for module in self.frozen:  # or their batch normalisation would go on counting
-            module.training = False
-        return self
-
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 `(B, 3, H, W)` -> float32 `(B, features)`."""
         images = images.float().contiguous(memory_format=torch.channels_last)
@@ -365,19 +344,16 @@ class Classifier(nn.Module):
         return {task: head(features) for task, head in zip(self.tasks, self.heads)}
 
 
-def restore(checkpoint: dict, args: Args, weights: str = "model") -> Classifier:
-    """The network of a checkpoint, for images of --image-size if that is given."""
-    old = checkpoint.get("preprocessing") or fail(f"{checkpoint['path']} is not a checkpoint of this script")
-    if args.arch != checkpoint["args"]["arch"]:
-        fail(f"{checkpoint['path']} is of --arch {checkpoint['args']['arch']}, not {args.arch}")
-    size = args.image_size or old["size"]
-    trunk, features, _ = make_trunk(Args(arch=args.arch, weights="none", image_size=size), random=True)
+def restore(checkpoint: dict, arch: str, image_size: int | None, weights: str = "model") -> Classifier:
+    """The network of a checkpoint, for images of another size than its own if that is given."""
+    if arch != checkpoint["args"]["arch"]:
+        fail(f"{checkpoint['path']} is of --arch {checkpoint['args']['arch']}, not {arch}")
+    old = checkpoint["preprocessing"]
+    size = image_size or old["size"]
+    trunk, features, _ = make_trunk(arch, "none", size)
     preprocessing = old | {"size": size, "resize": round(old["resize"] * size / old["size"])}
     model = Classifier(trunk, features, preprocessing, checkpoint["classes"])
-    try:
-        model.load_state_dict(checkpoint[weights])
-    except RuntimeError:  # as of a transformer's position embeddings
-        fail(f"{checkpoint['path']} is of another version of {args.arch}, or for images of {old['size']} pixels only")
+    model.load_state_dict(checkpoint[weights])
     return model
 
 
@@ -395,18 +371,17 @@ def make_optimizer(args: Args, model: nn.Module) -> torch.optim.Optimizer:
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
     name = args.optimizer or ("rmsprop" if args.strategy == "off-the-shelf" else "sgd")
     if name == "sgd":
-        nesterov = args.nesterov and args.momentum > 0
-        return torch.optim.SGD(groups, args.learning_rate, momentum=args.momentum, nesterov=nesterov)
+        return torch.optim.SGD(groups, args.learning_rate, momentum=args.momentum, nesterov=args.nesterov)
     if name == "adam":
         return torch.optim.Adam(groups, args.learning_rate)
     return torch.optim.RMSprop(groups, args.learning_rate, alpha=0.9, eps=1e-8)
 
 
-def train_epoch(
-    model: Classifier, optimizer: torch.optim.Optimizer, batches, targets: dict[str, torch.Tensor]
-) -> float:
+def train_epoch(model: Classifier, optimizer, batches, targets: dict[str, torch.Tensor]) -> float:
     """Mean loss of a pass over batches of (images or features, indices), both on the device."""
     model.train()
+    for module in model.frozen:  # or their batch normalisation would go on counting
+        module.training = False
     total, seen = 0.0, 0
     for inputs, chosen in batches:
         loss = total_loss(model(inputs), {task: target[chosen] for task, target in targets.items()})
@@ -414,39 +389,36 @@ def train_epoch(
         loss.backward()
         optimizer.step()
         total, seen = total + loss.detach() * len(chosen), seen + len(chosen)
-    return float(total / max(seen, 1))
+    return float(total / seen)
 
 
 @torch.no_grad()
 def run_through(model: Classifier, batches) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Logits `(N, classes)` of every task and the indices `(N,)` of the images."""
+    """Logits float32 `(N, classes)` of every task and the indices int64 `(N,)` of the images."""
     found = [(model.eval()(inputs), chosen) for inputs, chosen in batches]
-    if not found:
-        fail("there are no images to test on, or none can be read")
     logits = {task: torch.cat([values[task] for values, _ in found]) for task in model.tasks}
     return logits, torch.cat([chosen for _, chosen in found])
 
 
-def test(logits: dict, seen: torch.Tensor, targets: dict, split: str) -> tuple[dict[str, float], dict]:
-    """Scalars such as `val/top1` (`val/TASK/top1` of several tasks) of the images `seen`, and confusion matrices."""
+def measure(logits: dict, seen: torch.Tensor, targets: dict, split: str) -> tuple[dict[str, float], dict]:
+    """Loss and shares in [0, 1], as `val/top1` (`val/TASK/top1` of several tasks), and confusion matrices.
+
+    Logits are `(N, classes)` of the images `seen` `(N,)`, targets int64 of all; a matrix has a row per true class.
+    """
     targets, confusions = {task: target[seen] for task, target in targets.items()}, {}
     scalars = {f"{split}/loss": total_loss(logits, targets).item()}
     for task, target in targets.items():
-        shares, confusions[task] = measure(logits[task], target)
-        prefix = f"{split}/{task}/" if len(targets) > 1 else f"{split}/"
-        scalars |= {prefix + name: share for name, share in shares.items()}
+        prefix = f"{split}/{task}" if len(targets) > 1 else split
+        values, target, n = logits[task][target != MISSING], target[target != MISSING], logits[task].shape[1]
+        ranked, total = values.topk(min(5, n), dim=1).indices, max(len(target), 1)
+        confusion = torch.bincount(target * n + ranked[:, 0], minlength=n * n).view(n, n)
+        right, support, chosen = confusion.diag(), confusion.sum(dim=1), confusion.sum(dim=0)
+        f1 = 2 * right.double() / (support + chosen).clamp(min=1)
+        scalars[f"{prefix}/top1"] = right.sum().item() / total
+        scalars[f"{prefix}/top5"] = (ranked == target[:, None]).sum().item() / total
+        scalars[f"{prefix}/macro_f1"] = f1.sum().item() / max((support > 0).sum().item(), 1)
+        confusions[task] = confusion
     return scalars, confusions
-
-
-def measure(logits: torch.Tensor, targets: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
-    """Shares in [0, 1], and the confusion matrix (true, predicted), of logits `(N, classes)` with int64 targets."""
-    logits, targets, n = logits[targets != MISSING], targets[targets != MISSING], logits.shape[1]
-    ranked, total = logits.topk(min(5, n), dim=1).indices, max(len(targets), 1)
-    confusion = torch.bincount(targets * n + ranked[:, 0], minlength=n * n).view(n, n)
-    right, support, chosen = confusion.diag().double(), confusion.sum(dim=1).double(), confusion.sum(dim=0).double()
-    shares = {"top1": right.sum() / total, "top5": (ranked == targets[:, None]).sum().double() / total}
-    shares["macro_f1"] = (2 * right / (support + chosen).clamp(min=1)).sum() / (support > 0).sum().clamp(min=1)
-    return {name: share.item() for name, share in shares.items()}, confusion
 
 
 def describe(scalars: dict[str, float]) -> str:
@@ -503,7 +475,7 @@ def saliency_maps(model: Classifier, images: torch.Tensor) -> tuple[torch.Tensor
     last, rectified = [], defaultdict(list)
 
     def keep(module: nn.Module, _, output) -> None:
-        if torch.is_tensor(output) and output.ndim == 4 and min(output.shape[1:3]) > 1 and output.shape[2] > 1:
+        if torch.is_tensor(output) and output.ndim == 4 and min(output.shape[1:3]) > 1:
             # images are square; maps that are not have their channels last (ConvNeXt, Swin)
             order = (0, 1, 2, 3) if output.shape[2] == output.shape[3] else (0, 3, 1, 2)
             last[:] = [output, order]
@@ -511,11 +483,10 @@ def saliency_maps(model: Classifier, images: torch.Tensor) -> tuple[torch.Tensor
                 values = output.detach().permute(order).float().relu().mean(dim=1, keepdim=True)
                 rectified[values.shape[-1]].append(spread(values))
 
-    hooks = [module.register_forward_hook(keep) for module in model.trunk.modules()]
+    hook = nn.modules.module.register_module_forward_hook(keep)
     features = model.features(images.float().requires_grad_())
+    hook.remove()
     score = model.heads[0](features).max(dim=1).values if len(model.heads) else features.norm(dim=1)
-    for hook in hooks:
-        hook.remove()
     if not rectified:
         fail("--saliency: this network has no feature maps")
     (gradient,), (output, order) = torch.autograd.grad(score.sum(), last[0]), last
@@ -531,21 +502,19 @@ def saliency_maps(model: Classifier, images: torch.Tensor) -> tuple[torch.Tensor
 
 def draw_saliency(networks: dict[str, Classifier], images: torch.Tensor, labels: list[str]) -> Figure:
     """A row per image uint8 `(B, 3, H, W)`: the image with its label, then both maps of every network."""
-    figure, grey = Figure(figsize=(2 + 4 * len(networks), 2.2 * len(images))), images.float().mean(dim=1).cpu()
-    grid = figure.subplots(len(images), 1 + 2 * len(networks), squeeze=False)
     maps = {name: saliency_maps(network.eval(), images) for name, network in networks.items()}
-    columns = [
-        (f"{method}\n{name}", maps[name][i]) for i, method in enumerate(("Grad-CAM", "VisualBackProp")) for name in maps
-    ]
-    for row, (axes_of_image, label) in enumerate(zip(grid, labels)):
-        axes_of_image[0].imshow(images[row].permute(1, 2, 0).cpu())
-        axes_of_image[0].set(title="image" if row == 0 else "", ylabel=label)
-        for axes, (title, mask) in zip(axes_of_image[1:], columns):
-            axes.imshow(grey[row], cmap="gray")
-            axes.imshow(mask[row].cpu(), cmap="jet", alpha=0.5, vmin=0, vmax=1)
+    methods = ("Grad-CAM", "VisualBackProp")
+    columns = [(f"{method}\n{name}", maps[name][i].cpu()) for i, method in enumerate(methods) for name in maps]
+    figure, images = Figure(figsize=(2 + 4 * len(networks), 2.2 * len(images))), images.cpu()
+    no_ticks = {"xticks": [], "yticks": []}
+    grid = figure.subplots(len(images), 1 + len(columns), squeeze=False, subplot_kw=no_ticks)
+    for row, (label, image) in enumerate(zip(labels, images)):
+        grid[row, 0].imshow(image.permute(1, 2, 0))
+        grid[row, 0].set(title="image" if row == 0 else "", ylabel=label)
+        for axes, (title, mask) in zip(grid[row, 1:], columns):
+            axes.imshow(image.float().mean(dim=0), cmap="gray")
+            axes.imshow(mask[row], cmap="jet", alpha=0.5, vmin=0, vmax=1)
             axes.set_title(title if row == 0 else "", fontsize=8)
-        for axes in axes_of_image:
-            axes.set(xticks=[], yticks=[])
     return figure
 
 
@@ -554,31 +523,23 @@ if __name__ == "__main__":
     about = "Train an image classifier off-the-shelf, by fine-tuning or from scratch, then test it once. A first run: "
     about += "python finetune_classify.py --dataset Flowers102 --download --strategy off-the-shelf"
     args, checkpoint = tyro.cli(Args, description=about), {}
-    if args.resume and args.evaluate:
-        fail("--resume goes on with a run, --evaluate tests one: give either")
     if args.evaluate or args.resume:
-        checkpoint = load_file(args.evaluate or args.resume)
+        checkpoint = load_file(args.evaluate or args.resume, *CHECKPOINT)
         path, beside = checkpoint["path"], os.path.dirname(checkpoint["path"])
-        if not {"args", "classes", "last"} <= set(checkpoint):
-            fail(f"{path} is not a checkpoint of this script")
-        own = set(vars(args)) - {"exp_name", "logdir", "resume", "evaluate", "predict"}
+        own = set(vars(args)) - {"exp_name", "logdir", "resume", "evaluate", "predict", "split_file"}
         saved = {name: value for name, value in checkpoint["args"].items() if name in own}
         args = tyro.cli(Args, default=Args(**saved))
         moved = any(getattr(args, name) != saved[name] for name in ("data_dir", "dataset", "metadata"))
-        if args.split_file == saved["split_file"]:
-            args.split_file = os.path.join(beside, "split.csv") if args.resume or not moved else None
-        over = checkpoint["epoch"] >= args.epochs or checkpoint["stale"] >= args.patience
         for name in ("strategy", "unfreeze_from", "optimizer") if args.resume else ():
             if getattr(args, name) != saved[name]:
                 fail(f"--{name.replace('_', '-')} {getattr(args, name)}: the run has {saved[name]} (None: the default)")
+        over = checkpoint["epoch"] >= args.epochs or checkpoint["stale"] >= args.patience
         if args.resume and checkpoint["finished"] and over:
             fail(f"{path} is of a run that has ended; more --epochs or --patience would go on")
     for name, value in vars(args).items():
         least = int(name in ("epochs", "patience", "batch_size", "image_size"))
         if type(value) in (int, float) and not least <= value < 2**63:
             fail(f"--{name.replace('_', '-')} {value} must be at least {least}")
-    if not re.fullmatch(r"[\w.+-]+", args.exp_name):
-        fail(f"--exp-name {args.exp_name!r} becomes a file's name: letters, digits and .+-_ only")
     if (args.unfreeze_from and args.strategy != "fine-tune") or (args.pretrained and args.strategy == "scratch"):
         fail("--unfreeze-from needs --strategy fine-tune, and --pretrained any but scratch")
     if (args.predict or args.saliency) and not args.evaluate:
@@ -586,7 +547,6 @@ if __name__ == "__main__":
     folder = args.predict or args.data_dir
     if not os.path.isdir(folder or "") and (args.predict or not args.dataset):
         fail(f"{folder}: there is no such folder" if folder else "give --data-dir DIR or --dataset NAME")
-    stops = []  # signals to end the run, heeded between batches: a fork of workers would lose a KeyboardInterrupt
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("high")
@@ -602,54 +562,55 @@ if __name__ == "__main__":
         rows, source = read_torchvision(args)
     else:
         rows = read_table(args) if args.metadata else read_folders(folder)
-    own_split = os.path.join(beside, "split.csv") if args.evaluate and not (args.predict or args.dataset) else ""
-    if not args.split_file and os.path.isfile(own_split):  # the run's images, if they were moved
-        own_images = {row["path"] for row in read_csv(own_split, ["path"])}
-        args.split_file = own_split if own_images <= {row["path"] for row in rows} else None
+    if checkpoint and not args.predict and not args.split_file and os.path.isfile(f"{beside}/split.csv"):
+        own_images = {row["path"] for row in read_csv(f"{beside}/split.csv", ["path"])}
+        if args.resume or not moved or own_images <= {row["path"] for row in rows}:  # the run's images, if they moved
+            args.split_file = f"{beside}/split.csv"
     if args.evaluate and not args.split_file and "test" not in {row["split"] for row in rows}:
         rows = [row | {"split": "test"} for row in rows]
     if not args.predict:
         rows, classes = split_data(args, rows, classes)
-    unreadable = set()
+    targets, unreadable = {}, set()
+    for task, names in classes.items():
+        numbers = {name: number for number, name in enumerate(names)}
+        targets[task] = torch.tensor([numbers.get(row.get(task), MISSING) for row in rows], device=device)
 
     def members(split: str) -> torch.Tensor:
         """Indices of the images of a split, but for those that turned out to be unreadable."""
         return torch.tensor([i for i, row in enumerate(rows) if row["split"] == split and i not in unreadable]).long()
 
-    targets = {}
-    for task, names in classes.items():
-        numbers = {name: number for number, name in enumerate(names)}
-        targets[task] = torch.tensor([numbers.get(row.get(task), MISSING) for row in rows], device=device)
     sizes = [f"{len(members(split)):,} {split}" for split in SPLITS]
     print(", ".join(sizes + [f"{task}: {len(names):,} classes" for task, names in classes.items()]))
 
     # The network
     if checkpoint:
-        model = restore(checkpoint, args, "model" if args.evaluate else "last")
+        model = restore(checkpoint, args.arch, args.image_size, "model" if args.evaluate else "last")
     elif args.pretrained:
-        donor = restore(load_file(args.pretrained), args)
+        donor = restore(load_file(args.pretrained, *CHECKPOINT), args.arch, args.image_size)
         model = Classifier(donor.trunk, donor.heads[0].in_features, donor.preprocessing, classes)
     else:
-        model = Classifier(*make_trunk(args, random=args.strategy == "scratch" or args.weights == "none"), classes)
+        trunk = make_trunk(args.arch, args.weights, args.image_size, random=args.strategy == "scratch")
+        model = Classifier(*trunk, classes)
     model = model.to(device, memory_format=torch.channels_last)
     model.bfloat16 = args.amp and on_cuda
-    if (frozen or args.unfreeze_from) and not args.evaluate:
+    if frozen or args.unfreeze_from:
         model.freeze(args.unfreeze_from)
     pictures, table = Pictures(source, [row["path"] for row in rows], model.preprocessing), None
+    stops = []  # signals to end the run, heeded between batches: a fork of workers would lose a KeyboardInterrupt
 
     def batches(order: torch.Tensor, title: str = "", total: int = 0):
         """Inputs (images, or features of a frozen network) and indices, on the device, of the images `order`."""
-        begun, shown, done = time.perf_counter(), time.perf_counter(), 0
+        begun = shown = time.perf_counter()
+        done = 0
         if table is not None:
             loader = ((table[chosen], chosen, ()) for chosen in order.to(device).split(args.batch_size))
         else:  # with a generator of its own: the number of workers changes no other random draw
-            loader = DataLoader(
-                pictures, args.batch_size, sampler=order.tolist(), num_workers=min(workers, len(order)),
-                pin_memory=on_cuda, generator=torch.Generator(),
-            )  # fmt: skip
+            options = {"num_workers": min(workers, len(order)), "pin_memory": on_cuda, "generator": torch.Generator()}
+            loader = DataLoader(pictures, args.batch_size, sampler=order.tolist(), **options)
         for inputs, chosen, errors in loader:
             if stops:
                 raise KeyboardInterrupt
+            done += len(chosen)
             if any(errors):
                 for i, error in zip(chosen.tolist(), errors):
                     if error and i not in unreadable:
@@ -659,39 +620,38 @@ if __name__ == "__main__":
                 inputs, chosen = inputs[good], chosen[good]
             if len(chosen):
                 yield inputs.to(device, non_blocking=True), chosen.to(device, non_blocking=True)
-            done, now = done + len(errors or chosen), time.perf_counter()
-            if total and now - shown > 10:
+            if total and (now := time.perf_counter()) > shown + 10:
                 shown, rate = now, done / (now - begun)
-                left = timedelta(seconds=int((total - done) / rate))
-                print(f"{title}: {done:,} images, {rate:,.0f} images/s, ETA of the run {left}", flush=True)
+                left = f"ETA of the run {(total - done) / rate / 60:,.0f} min"
+                print(f"{title}: {done:,} images, {rate:,.0f} images/s, {left}", flush=True)
 
     # After training: predict, test, look
     if args.evaluate:
         logits, seen = run_through(model, batches(members("test")))
-    if args.predict:
-        found = [{"path": pictures.paths[i]} for i in seen.tolist()]
-        for task, values in logits.items():
-            for row, share, number in zip(found, *(best.tolist() for best in values.softmax(dim=1).max(dim=1))):
-                row |= {task: classes[task][number], f"{task}_probability": f"{share:.4f}"}
-        write_csv(os.path.join(beside, "predictions.csv"), found)
-        print(f"saved {len(found):,} predictions to {os.path.join(beside, 'predictions.csv')}")
-    elif args.evaluate:
-        print(f"{path} on {len(seen):,} test images: {describe(test(logits, seen, targets, 'test')[0])}")
-    if args.evaluate and args.saliency and not args.predict:
-        other = Classifier(*make_trunk(args, random=args.weights == "none"), {}).to(device)
-        order, task = torch.randperm(len(seen), generator=torch.Generator().manual_seed(args.seed)), model.tasks[0]
-        order = order[: args.saliency].to(device)
-        images = torch.stack([pictures[i][0] for i in seen[order].tolist()]).to(device)
-        pairs = zip(seen[order].tolist(), logits[task][order].argmax(dim=1).tolist())
-        labels = [f"{rows[i][task]}\n-> {classes[task][number]}" for i, number in pairs]
-        figure = draw_saliency({f"{args.weights} weights": other, "this network": model}, images, labels)
-        save_figure(figure, os.path.join(beside, "saliency.png"))
-    if args.evaluate:
+        indices = seen.tolist()
+        if args.predict:
+            found = [{"path": pictures.paths[i]} for i in indices]
+            for task, values in logits.items():
+                for row, share, number in zip(found, *(best.tolist() for best in values.softmax(dim=1).max(dim=1))):
+                    row |= {task: classes[task][number], f"{task}_probability": f"{share:.4f}"}
+            write_csv(f"{beside}/predictions.csv", found)
+            print(f"saved {len(found):,} predictions to {beside}/predictions.csv")
+            sys.exit()
+        print(f"{path} on {len(seen):,} test images: {describe(measure(logits, seen, targets, 'test')[0])}")
+        if args.saliency:
+            other = Classifier(*make_trunk(args.arch, args.weights, args.image_size), {}).to(device)
+            order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(args.seed)).tolist()
+            images = torch.stack([pictures[indices[k]][0] for k in order[: args.saliency]]).to(device)
+            task, numbers = model.tasks[0], logits[model.tasks[0]].argmax(dim=1).tolist()
+            labels = [f"{rows[indices[k]][task]}\n-> {classes[task][numbers[k]]}" for k in order]
+            figure = draw_saliency({f"{args.weights} weights": other, "this network": model}, images, labels)
+            save_figure(figure, f"{beside}/saliency.png")
         sys.exit()
 
     # Features of a frozen network are computed once; images that fit on the device are decoded once, which is exact
-    fits = (torch.cuda.mem_get_info()[0] / 2 if on_cuda else 2e9) if args.cache_gb is None else args.cache_gb * 1e9
-    if frozen or len(rows) * 3 * pictures.size**2 <= fits:
+    room = torch.cuda.mem_get_info()[0] / 2 if on_cuda else 2e9
+    room = room if args.cache_gb is None else args.cache_gb * 1e9
+    if frozen or len(rows) * 3 * pictures.size**2 <= room:
         shape = (model.heads[0].in_features,) if frozen else (3, pictures.size, pictures.size)
         cache = torch.zeros((len(rows), *shape), dtype=torch.float32 if frozen else torch.uint8, device=device)
         with torch.no_grad():
@@ -710,58 +670,51 @@ if __name__ == "__main__":
         import wandb
 
         wandb.init(name=os.path.basename(run_dir), config=vars(args), sync_tensorboard=True, save_code=True)
-
-    def copied() -> dict:
-        """What training changes, copied, as an interrupt comes in the middle of an epoch."""
-        weights = model.state_dict().items()
-        weights = {k: v if frozen and k.startswith("trunk.") else v.clone() for k, v in weights}
-        return {"last": weights, "optimizer": copy.deepcopy(optimizer.state_dict())}
-
-    state = {"epoch": 0, "best": np.inf, "stale": 0, "history": [], "finished": False, "model": model.state_dict()}
+    state = {"epoch": 0, "best": np.inf, "stale": 0, "history": [], "model": model.state_dict()}
     if args.resume:
         state = {name: checkpoint[name] for name in state}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-    state |= {
-        "finished": False,
-        "args": vars(args),
-        "classes": classes,
-        "preprocessing": model.preprocessing,
-    } | copied()
+    state |= {"finished": False, "args": vars(args), "classes": classes, "preprocessing": model.preprocessing}
     writer = SummaryWriter(run_dir, purge_step=state["epoch"] + 1 if args.resume else None)
     lines = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{lines}", state["epoch"])
-    write_csv(os.path.join(run_dir, "split.csv"), rows)
+    write_csv(f"{run_dir}/split.csv", rows)
+
+    def copied() -> dict:
+        """What training changes, copied, as an interrupt comes in the middle of an epoch."""
+        return copy.deepcopy({"last": model.state_dict(), "optimizer": optimizer.state_dict()})
 
     def save() -> None:
         writer.flush()  # first: a kill right after the checkpoint must not cost the points before it
         write_file(path, lambda file: torch.save(state, file))
         if state["history"]:
-            save_figure(draw_curves(state["history"]), os.path.join(run_dir, "curves.png"))
+            save_figure(draw_curves(state["history"]), f"{run_dir}/curves.png")
 
     # Training
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, lambda number, _: stops.append(number))
     saved_at = -60.0
+    state |= copied()
     try:
         while (epoch := state["epoch"]) < args.epochs and state["stale"] < args.patience:
             torch.manual_seed(args.seed * 1_000_003 + epoch)  # of dropout: a resumed run draws what a straight one does
             train, begun = members("train"), time.perf_counter()
-            n = len(train) - (len(train) > args.batch_size > 1 == len(train) % args.batch_size)  # one has no variance
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            n = len(train) - (len(train) % args.batch_size == 1)  # a batch of one image has no variance
             order = train[torch.randperm(len(train), generator=generator)[:n]]
-            passes = batches(order, f"epoch {epoch + 1}/{args.epochs}", (args.epochs - epoch) * len(order))
+            passes = batches(order, f"epoch {epoch + 1}/{args.epochs}", (args.epochs - epoch) * n)
             scalars = {"train/loss": train_epoch(model, optimizer, passes, targets)}
-            rate = len(order) / (time.perf_counter() - begun)
-            scalars |= test(*run_through(model, batches(members("val"))), targets, "val")[0]
+            rate = n / (time.perf_counter() - begun)
+            scalars |= measure(*run_through(model, batches(members("val"))), targets, "val")[0]
             if not np.isfinite(scalars["train/loss"] + scalars["val/loss"]):
                 raise RuntimeError("the loss is not finite: try a lower --learning-rate")
             for tag, value in (scalars | {"charts/images_per_second": rate}).items():
                 writer.add_scalar(tag, value, epoch + 1)
-            new = copied() | {"epoch": epoch + 1, "stale": state["stale"] + 1, "history": [*state["history"], scalars]}
+            state |= copied() | {"epoch": epoch + 1, "stale": state["stale"] + 1}
+            state["history"] = [*state["history"], scalars]
             if scalars["val/loss"] < state["best"]:
-                new |= {"best": scalars["val/loss"], "stale": 0, "model": new["last"]}
-            state |= new
+                state |= {"best": scalars["val/loss"], "stale": 0, "model": state["last"]}
             print(f"epoch {epoch + 1}: {describe(scalars)}, {rate:,.0f} images/s", flush=True)
             if time.perf_counter() - saved_at > 60:
                 save()
@@ -769,7 +722,7 @@ if __name__ == "__main__":
 
         # The test images, once, with the weights of the lowest validation loss
         model.load_state_dict(state["model"])
-        scalars, confusions = test(*run_through(model, batches(members("test"))), targets, "test")
+        scalars, confusions = measure(*run_through(model, batches(members("test"))), targets, "test")
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, epoch)
         state["finished"] = True
@@ -780,7 +733,7 @@ if __name__ == "__main__":
         sys.exit(130 if stops else 1)  # a signal to the group may end a worker first
     for task, confusion in confusions.items():
         name = f"confusion_{task}.png" if len(confusions) > 1 else "confusion.png"
-        save_figure(draw_confusion(confusion, classes[task], f"{task}, test images"), os.path.join(run_dir, name))
+        save_figure(draw_confusion(confusion, classes[task], f"{task}, test images"), f"{run_dir}/{name}")
     writer.close()
     print(f"test, the best of {epoch} epochs: {describe(scalars)}")
     print(f"{len(unreadable):,} images could not be read and were left out; saved {run_dir}")

@@ -44,9 +44,8 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 from torchvision import datasets, models, tv_tensors
 from torchvision.models import detection
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, IntermediateLayerGetter
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_area, box_convert, box_iou, clip_boxes_to_image, nms
+from torchvision.ops import Conv2dNormActivation, batched_nms, box_area, box_convert, box_iou, clip_boxes_to_image, nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes
@@ -109,12 +108,12 @@ ARCHITECTURES = (*FAMILIES, "yolov3", *TORCHVISION)
 # Learning rates of SGD for an image: by torchvision for batches of 16, 16, 16, 192 and 32, by Darknet for 64
 PER_IMAGE = {"fast": 0.00125, "retinanet": 0.000625, "fcos": 0.000625, "ssdlite": 0.00078, "ssd": 0.0000625}
 PER_IMAGE["yolov3"] = 0.000015625
-# All detectors are compared at one cut-off; their own reach from 0.001 (SSDlite) to 0.2 (FCOS), 100 to 300 boxes
-LOWEST_SCORE, MOST_BOXES = 0.05, 100
+LOWEST_SCORE, MOST_BOXES = 0.05, 100  # one cut-off for all; their own reach from 0.001 (SSDlite) to 0.2 (FCOS), 300
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 SPLITS = ("train", "val", "test")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # that a scheduler gives
 HEAD = re.compile(r"box_predictor|classification_head\.(cls_logits|module_list)|outputs\.")  # is always new
+STOPS = []  # signals to end the run, heeded between batches: the fork of workers would lose a KeyboardInterrupt
 
 
 def fail(message: str) -> NoReturn:
@@ -124,90 +123,84 @@ def fail(message: str) -> NoReturn:
 def write_file(path: str, write) -> None:
     """Have `write` fill a file of a temporary name, which then replaces `path`; half a file is never left."""
     content, temporary = io.BytesIO(), f"{path}.{os.getpid()}.tmp"
-    write(content)
+    write(content)  # into memory first: on a full disk torch.save would not say so
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content.getbuffer())
         os.replace(temporary, path)
     except OSError as error:
-        fail(f"{path} cannot be written: {error}")
-    finally:
-        if os.path.exists(temporary):
+        with contextlib.suppress(OSError):
             os.remove(temporary)
+        fail(f"{path} cannot be written: {error}")
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
-# Inside there is COCO's format only: a box is x, y, width, height in continuous pixels, the first being 0, 0, 1, 1; its
-# `category` is by name. An image has also its `split`. Boxes with `iscrowd` (VOC: difficult) are not learned, and are
-# neither expected nor wrong; COCO's metric also forgives what is inside of them.
-def read_voc(paths: list[str]) -> dict:
-    """COCO's dict from XML files, whose pixels count from 1 and where both ends belong to the box."""
-    data = {"images": [], "annotations": []}
+# Inside, an image is a dict of `file_name`, `boxes` and, if annotated, `width` and `height`. A box has a `category`, by
+# name, and COCO's `bbox`: x, y, width, height in continuous pixels, the first being 0, 0, 1, 1. Those with `iscrowd`
+# (VOC: difficult) are not learned, and are neither expected nor wrong; COCO's metric also forgives what is inside them.
+def read_voc(paths: list[str]) -> list[dict]:
+    """Images of XML files, whose pixels count from 1 and where both ends belong to the box."""
+    images = []
     for path in paths:
-        root = ElementTree.parse(path).getroot()
-        size = {side: root.findtext(f"size/{side}") for side in ("width", "height")}
-        data["images"].append({"id": path, "file_name": root.findtext("filename")} | size)
+        root, boxes = ElementTree.parse(path).getroot(), []
         for entry in root.iter("object"):
             x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
-            box = {"image_id": path, "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]}
-            box |= {"category": entry.findtext("name"), "iscrowd": int(entry.findtext("difficult") == "1")}
-            data["annotations"].append(box)
-    return data
+            box = {"bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1], "category": entry.findtext("name")}
+            boxes.append(box | {"iscrowd": int(entry.findtext("difficult") == "1")})
+        size = {side: root.findtext(f"size/{side}") for side in ("width", "height")}
+        images.append({"file_name": root.findtext("filename"), "boxes": boxes} | size)
+    return images
 
 
-def read_minerva(path: str, label_column: str) -> dict:
-    """COCO's dict from a CSV with a row per box, whose columns are named as in MINERVA."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    names = dict.fromkeys(row["image_filename"] for row in rows)
-    data = {"images": [{"id": name, "file_name": name} for name in names], "annotations": []}
-    for row in rows:
-        x1, y1, x2, y2 = map(float, row["bounding_box_coordinates"].split(","))
-        box = {"image_id": row["image_filename"], "bbox": [x1, y1, x2 - x1, y2 - y1]}
-        data["annotations"].append(box | {"category": re.sub(r"\s*\([^()]*\)\s*$", "", row[label_column]).strip()})
-    return data
-
-
-def read_annotations(path: str, label_column: str) -> dict:
-    """COCO's dict from whatever format `path` is in: a folder of XML, COCO's JSON, or a table."""
+def read_annotations(path: str, label_column: str) -> list[dict]:
+    """Images of a folder of XML, of COCO's JSON, or of a CSV with a row per box and columns named as in MINERVA."""
+    boxes = defaultdict(list)
     try:
         if os.path.isdir(path):
             return read_voc([os.path.join(path, name) for name in sorted(os.listdir(path)) if name.endswith(".xml")])
-        if not path.endswith(".json"):
-            return read_minerva(path, label_column)
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
-        names = {category["id"]: category["name"] for category in data["categories"]}
-        for box in data["annotations"]:
-            box["category"] = names.get(box["category_id"])
-        return {"images": data["images"], "annotations": data["annotations"]}
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            if path.endswith(".json"):
+                data = json.load(file)
+                names = {category["id"]: category["name"] for category in data["categories"]}
+                for box in data["annotations"]:
+                    boxes[box["image_id"]].append(box | {"category": names.get(box["category_id"])})
+                return [image | {"boxes": boxes[image["id"]]} for image in data["images"]]
+            for row in csv.DictReader(file):
+                x1, y1, x2, y2 = map(float, row["bounding_box_coordinates"].split(","))
+                category = re.sub(r"\s*\([^()]*\)\s*$", "", row[label_column]).strip()
+                boxes[row["image_filename"]].append({"bbox": [x1, y1, x2 - x1, y2 - y1], "category": category})
+        return [{"file_name": name, "boxes": found} for name, found in boxes.items()]
     except (OSError, ValueError, LookupError, TypeError, ElementTree.ParseError) as error:
         fail(f"{path}: no annotations in a known format ({type(error).__name__}: {error})")
 
 
-def find_annotations(args: Args) -> tuple[str, dict[str, tuple[dict, str]]]:
-    """The folder of the images; of each split its COCO dict, and where its annotations lie relative to the folder."""
+def find_annotations(args: Args) -> tuple[str, dict[str, list[dict]]]:
+    """The folder of the images; the images of each split, with their paths in the folder."""
     folder, found = args.predict or args.data_dir or "data", {}
     files = {"train": args.annotations, "val": args.val_annotations, "test": args.test_annotations}
     if args.predict:
         paths = sorted(glob.glob("**", root_dir=folder, recursive=True))
-        images = [{"id": path, "file_name": path} for path in paths if path.lower().endswith(IMAGES)]
-        return folder, {"test": ({"images": images, "annotations": []}, "")}
+        return folder, {"test": [{"file_name": path, "boxes": []} for path in paths if path.lower().endswith(IMAGES)]}
     if args.dataset:
         try:
             for split in files:
-                voc = datasets.VOCDetection(folder, "2007", split, download=args.download).annotations
-                found[split] = read_voc(voc), ""
+                found[split] = read_voc(datasets.VOCDetection(folder, "2007", split, args.download).annotations)
         except (OSError, RuntimeError) as error:
             fail(f"--dataset {args.dataset}: {error} ({folder})")
         return os.path.join(folder, "VOCdevkit", "VOC2007", "JPEGImages"), found
     for split, name in (("train", "train"), ("val", "valid"), ("test", "test")):  # as Roboflow exports
         exported = os.path.join(folder, name, "_annotations.coco.json")
         path = files[split] or (exported if os.path.isfile(exported) and not any(files.values()) else None)
-        if path:
-            beside = os.path.relpath(path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path)), folder)
-            found[split] = read_annotations(path, args.label_column), beside
+        if not path:
+            continue
+        images = read_annotations(path, args.label_column)
+        # the first place that has any: the annotations' or the images' folder, or one below it, as COCO's train2017
+        beside = os.path.relpath(path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path)), folder)
+        below = sorted(glob.glob("*/", root_dir=folder), key=lambda name: (not name.startswith(split), name))
+        each = [[os.path.normpath(os.path.join(p, i["file_name"])) for i in images] for p in (beside, "", *below)]
+        paths = max(each, key=lambda paths: any(os.path.isfile(os.path.join(folder, path)) for path in paths))
+        found[split] = [image | {"file_name": path} for image, path in zip(images, paths)]
     if not found:
         fail(f"--data-dir {folder} has no train/_annotations.coco.json, and there are no --annotations")
     return folder, found
@@ -215,64 +208,47 @@ def find_annotations(args: Args) -> tuple[str, dict[str, tuple[dict, str]]]:
 
 def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
     """The folder of the images, and all of them with the boxes of `classes` (none: the most frequent) from 1 on."""
-    coco, wrong, splits, seen = {"images": [], "annotations": []}, [], {}, set()
+    images, boxes, wrong, coco = {}, [], [], COCO()
     folder, sources = find_annotations(args)
-    subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
-    for split, (data, beside) in sources.items():
-        boxes = defaultdict(list)
-        for box in data["annotations"]:
-            boxes[box.get("image_id")].append(box)
-        # a split's images are in the annotations' or the images' folder, or else in one below, as COCO's train2017
-        counts = {}
-        for place in (beside, "", *subfolders):
-            if place in ("", beside) or not any(counts[near] for near in ("", beside)):
-                paths = (os.path.join(folder, place, image["file_name"]) for image in data["images"])
-                counts[place] = sum(map(os.path.isfile, paths))
-        place = max(counts, key=lambda place: (counts[place] > 0, place.startswith(split), counts[place]))
-        for image in data["images"]:
-            name, i = image["file_name"], len(coco["images"])
-            path = os.path.normpath(os.path.join(place, name))
-            if not os.path.isfile(os.path.join(folder, path)) or path in seen:
-                wrong.append(f"{name}: there is no such image in {os.path.join(folder, place)}, or annotated twice")
+    for split, found in sources.items():
+        for image in found:
+            path, i = image["file_name"], len(images)
+            if path in images or not os.path.isfile(os.path.join(folder, path)):
+                wrong.append(f"{path}: there is no such image in {folder}, or it is annotated twice")
                 continue
-            seen.add(path)
-            size = str(image.get("width")), str(image.get("height"))
-            coco["images"].append({"id": i, "file_name": path, "split": split, "size": size})
-            for box in boxes[image["id"]]:
+            size = f"({image.get('width')}, {image.get('height')})"
+            images[path] = {"id": i, "file_name": path, "split": split, "size": size}
+            for box in image["boxes"]:
                 if not box["category"] or not min((box.get("bbox") or [0])[2:], default=0) > 1:
-                    wrong.append(f"{name}: {box['category'] or 'unknown class'}, box {box.get('bbox')} (x, y, w, h)")
+                    wrong.append(f"{path}: {box['category'] or 'unknown class'}, box {box.get('bbox')} (x, y, w, h)")
                     continue
                 box |= {"image_id": i, "iscrowd": box.get("iscrowd", 0), "area": math.prod(box["bbox"][2:])}
-                coco["annotations"].append(box | ({"category": "object"} if args.single_class else {}))
+                boxes.append(box | ({"category": "object"} if args.single_class else {}))
     if wrong:
         print(*wrong[:20], f"{len(wrong):,} records with an error are left out", sep="\n")
     if args.split_file:
-        try:
-            with open(args.split_file, newline="", encoding="utf-8") as file:
-                splits = {row["path"]: row["split"] for row in csv.DictReader(file)}
-        except (OSError, LookupError) as error:
-            fail(f"--split-file {args.split_file}: {error!r}")
-        if args.resume and (gone := splits.keys() - seen):
-            fail(f"{folder} lacks {len(gone):,} of the run's images, as {min(gone)}")
+        with open(args.split_file, newline="", encoding="utf-8") as file:
+            splits = {row["path"]: row["split"] for row in csv.DictReader(file)}
+        for path, image in images.items():
+            image["split"] = splits.get(path, "")
     elif "train" in sources and "val" not in sources:  # 50/25/25 by image, as MINERVA
-        own, parts = [image for image in coco["images"] if image["split"] == "train"], ["train", "val", "train", "test"]
+        own = [image for image in images.values() if image["split"] == "train"]
         for n, i in enumerate(np.random.default_rng(args.seed).permutation(len(own))):
-            own[i]["split"] = parts[n % 4] if "test" not in sources or n % 4 < 3 else "train"
-    for image in coco["images"] if splits else ():
-        image["split"] = splits.get(image["file_name"], "")
+            own[i]["split"] = ("train", "val", "train", "train" if "test" in sources else "test")[n % 4]
     if not classes:
-        train = {image["id"] for image in coco["images"] if image["split"] == "train"}
-        counted = Counter(box["category"] for box in coco["annotations"] if box["image_id"] in train)
+        train = {image["id"] for image in images.values() if image["split"] == "train"}
+        counted = Counter(box["category"] for box in boxes if box["image_id"] in train)
         classes = sorted(sorted(counted, key=lambda name: (-counted[name], name))[: args.top_classes or None])
     # images that have boxes of other classes only go, too
-    kept, index = [box for box in coco["annotations"] if box["category"] in classes], COCO()
-    others = {box["image_id"] for box in coco["annotations"]} - {box["image_id"] for box in kept}
-    numbered = [box | {"id": i, "category_id": 1 + classes.index(box["category"])} for i, box in enumerate(kept, 1)]
-    index.dataset = {"info": {}, "images": [image for image in coco["images"] if image["id"] not in others]}
-    index.dataset |= {"annotations": numbered, "categories": [{"id": i, "name": n} for i, n in enumerate(classes, 1)]}
+    kept = [box for box in boxes if box["category"] in classes]
+    others = {box["image_id"] for box in boxes} - {box["image_id"] for box in kept}
+    for i, box in enumerate(kept, 1):
+        box |= {"id": i, "category_id": 1 + classes.index(box["category"])}
+    coco.dataset = {"info": {}, "images": [image for image in images.values() if image["id"] not in others]}
+    coco.dataset |= {"annotations": kept, "categories": [{"id": i, "name": n} for i, n in enumerate(classes, 1)]}
     with contextlib.redirect_stdout(io.StringIO()):
-        index.createIndex()
-    return folder, index
+        coco.createIndex()
+    return folder, coco
 
 
 def corners(boxes: list[dict]) -> torch.Tensor:
@@ -303,8 +279,7 @@ class Pictures(Dataset):
                 if file.mode[0] in "IF":
                     raise ValueError(f"mode {file.mode}, while 8 bits a channel are expected")
                 turned = ImageOps.exif_transpose(file)
-                sizes = [tuple(map(str, picture.size)) for picture in (turned, file)]
-                annotated = file if self.coco.imgs[i]["size"] == sizes[1] != sizes[0] else turned
+                annotated = file if self.coco.imgs[i]["size"] == str(file.size) != str(turned.size) else turned
                 image = tv_tensors.Image(v2.functional.pil_to_tensor(annotated.convert("RGB")))
             inside = clip_boxes_to_image(target["boxes"], image.shape[1:])
             if (box_area(inside) < 0.9 * box_area(target["boxes"])).any():  # less is a matter of drawing
@@ -322,10 +297,6 @@ class Pictures(Dataset):
                 torch.manual_seed(((self.seed * 1_000_003 + self.epoch) * 1_000_003 + i) % 2**63)
                 image, target = self.augment(image, target)
         return torch.as_tensor(image), {key: torch.as_tensor(value) for key, value in target.items()}, i
-
-
-# Signals to end the run, heeded between batches: the fork of workers would lose a KeyboardInterrupt
-STOPS = []
 
 
 def read_batches(args: Args, data: Pictures, ids: list[int], device: torch.device, epoch: int | None = None):
@@ -355,15 +326,10 @@ def read_batches(args: Args, data: Pictures, ids: list[int], device: torch.devic
 # its code, Darknet (pjreddie/darknet, whose files are named below). Three of a thing are in the order of the strides.
 STRIDES = (8, 16, 32)
 COCO_ANCHORS = [(10, 13), (16, 30), (33, 23), (30, 61), (62, 45), (59, 119), (116, 90), (156, 198), (373, 326)]
-
-
-class ConvBlock(nn.Sequential):
-    """Convolution, batch normalisation, leaky ReLU: float `(B, inputs, H, W)` -> `(B, outputs, H/stride, W/stride)`."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1):
-        convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-        # eps and momentum of Darknet on GPUs (batchnorm_layer.c), where the published weights were trained
-        super().__init__(convolution, nn.BatchNorm2d(outputs, eps=1e-5, momentum=0.01), nn.LeakyReLU(0.1, inplace=True))
+# Convolution (inputs, outputs, kernel, stride), normalisation with eps and momentum of Darknet on GPUs, on which the
+# published weights were trained (batchnorm_layer.c), leaky ReLU: `(B, inputs, H, W)` -> `(B, outputs, H/stride, ...)`
+ConvBlock = partial(Conv2dNormActivation, norm_layer=partial(nn.BatchNorm2d, eps=1e-5, momentum=0.01),
+                    activation_layer=partial(nn.LeakyReLU, 0.1))  # fmt: skip
 
 
 class Darknet53(nn.Module):
@@ -373,19 +339,17 @@ class Darknet53(nn.Module):
         super().__init__()
         self.stem, self.stages = ConvBlock(3, 32, 3), nn.ModuleList()
         for channels, blocks in ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4)):
-            pairs = (
-                (ConvBlock(channels, channels // 2, 1), ConvBlock(channels // 2, channels, 3)) for _ in range(blocks)
-            )
-            first = ConvBlock(channels // 2, channels, 3, stride=2)
-            self.stages.append(nn.ModuleList([first, *(nn.Sequential(*pair) for pair in pairs)]))
+            half = channels // 2
+            stage = [ConvBlock(half, channels, 3, stride=2)]
+            stage += [nn.Sequential(ConvBlock(channels, half, 1), ConvBlock(half, channels, 3)) for _ in range(blocks)]
+            self.stages.append(nn.ModuleList(stage))
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         maps = [self.stem(images)]
         for reduce, *blocks in self.stages:
-            x = reduce(maps[-1])
+            maps.append(reduce(maps[-1]))
             for block in blocks:
-                x = x + block(x)
-            maps.append(x)
+                maps[-1] = maps[-1] + block(maps[-1])
         return dict(zip("012", maps[-3:]))
 
 
@@ -435,13 +399,12 @@ class YOLOv3(nn.Module):
         # part of the state dict, for without its anchors (width, height) in pixels an output means nothing
         self.register_buffer("anchors", torch.tensor(COCO_ANCHORS, dtype=torch.float32))
         # An image's N predictions are in the order of anchors (three a stride), rows and columns
-        sides = [torch.arange(size // stride) for stride in STRIDES for _ in range(3)]
-        cells = [torch.cartesian_prod(side, side).flip(1) for side in sides]
-        counts = torch.tensor([len(cell) for cell in cells])
-        self.register_buffer("strides", torch.tensor(STRIDES).repeat_interleave(3), persistent=False)  # of an anchor
-        self.register_buffer("first", counts.cumsum(0) - counts, persistent=False)  # prediction of an anchor
-        self.register_buffer("cells", torch.cat(cells), persistent=False)  # (column, row) of a prediction
-        self.register_buffer("anchor_of", torch.arange(9).repeat_interleave(counts), persistent=False)
+        strides = torch.tensor(STRIDES).repeat_interleave(3)
+        sides = [torch.arange(size // stride) for stride in strides.tolist()]
+        cells = torch.cat([torch.cartesian_prod(side, side).flip(1) for side in sides])
+        self.register_buffer("strides", strides, persistent=False)  # of an anchor
+        self.register_buffer("cells", cells, persistent=False)  # (column, row) of a prediction
+        self.register_buffer("anchor_of", torch.arange(9).repeat_interleave((size // strides) ** 2), persistent=False)
 
     def forward(self, images: list[torch.Tensor], targets: list[dict] | None = None) -> dict | list[dict]:
         """Images float `(3, H, W)` in [0, 1] -> the losses, or `boxes`, `labels`, `scores` of each."""
@@ -492,10 +455,8 @@ class YOLOv3(nn.Module):
         gives the box and all their class. Box, times 2 - area: half the squared error of t_w, t_h and, as Darknet's
         gradient of x and y is not that of the paper's squared error, the binary cross entropy of t_x, t_y.
         """
-        with torch.no_grad():
-            near = [
-                (box_iou(box, truth) > 0.5).any(dim=1) for box, truth in zip(self.decode(raw), boxes)
-            ]  # Darknet: 0.7
+        with torch.no_grad():  # Darknet: 0.7
+            near = [(box_iou(box, truth) > 0.5).any(dim=1) for box, truth in zip(self.decode(raw), boxes)]
         image = torch.cat([torch.full_like(label, i) for i, label in enumerate(labels)])
         truth, label = torch.cat(boxes), torch.cat(labels) - 1
         centre, sides = (truth[:, :2] + truth[:, 2:]) / 2, truth[:, 2:] - truth[:, :2]
@@ -503,7 +464,8 @@ class YOLOv3(nn.Module):
         anchor = (shared / (sides.prod(dim=-1)[:, None] + self.anchors.prod(dim=-1) - shared)).argmax(dim=1)
         stride = self.strides[anchor]
         cell = (centre / stride[:, None]).long()
-        number = image * raw.shape[1] + self.first[anchor] + cell[:, 1] * (self.size // stride) + cell[:, 0]
+        first = torch.searchsorted(self.anchor_of, anchor)  # prediction of an anchor
+        number = image * raw.shape[1] + first + cell[:, 1] * (self.size // stride) + cell[:, 0]
         number, slot = number.unique(return_inverse=True)
         last = torch.zeros_like(number).scatter_reduce(0, slot, torch.arange(len(slot), device=raw.device), "amax")
         responsible = raw.flatten(0, 1)[number]
@@ -517,11 +479,10 @@ class YOLOv3(nn.Module):
         classes[slot, label] = 1.0
         objects, counted = torch.zeros_like(raw[..., 0]), (~torch.stack(near)).to(raw.dtype)
         objects.view(-1)[number] = counted.view(-1)[number] = 1.0
-        return {
-            "loss_box": (error * weight).sum() / len(raw),
-            "loss_objectness": bce(raw[..., 4], objects, weight=counted, reduction="sum") / len(raw),
-            "loss_classifier": bce(responsible[:, 5:], classes, reduction="sum") / len(raw),
-        }
+        losses = {"loss_box": (error * weight).sum()}
+        losses["loss_objectness"] = bce(raw[..., 4], objects, weight=counted, reduction="sum")
+        losses["loss_classifier"] = bce(responsible[:, 5:], classes, reduction="sum")
+        return {name: loss / len(raw) for name, loss in losses.items()}
 
 
 @torch.no_grad()
@@ -529,8 +490,8 @@ def load_darknet(model: YOLOv3, path: str) -> list[str]:
     """Load Darknet's darknet53.conv.74 or yolov3.weights; names of the tensors that were in it."""
 
     def tensors(module: nn.Module) -> list[torch.Tensor]:
-        blocks = [block for block in module.modules() if isinstance(block, ConvBlock)]  # in the order of yolov3.cfg
-        return [t for conv, bn, _ in blocks for t in (bn.bias, bn.weight, bn.running_mean, bn.running_var, conv.weight)]
+        units = [unit for unit in module.modules() if isinstance(unit, Conv2dNormActivation)]  # as in yolov3.cfg
+        return [t for conv, bn, *_ in units for t in (bn.bias, bn.weight, bn.running_mean, bn.running_var, conv.weight)]
 
     values = torch.from_numpy(np.fromfile(path, dtype="<f4")[5:])  # after version and number of images seen (parser.c)
     order, parts = tensors(model.backbone), ("backbone.",)
@@ -551,11 +512,9 @@ class ExternalProposals(nn.Module):
     """Fast R-CNN (Girshick, 2015): in the place of the region proposal network, hands on the targets' `proposals`."""
 
     def forward(self, images, features, targets) -> tuple[list[torch.Tensor], dict]:
-        scaled = []
-        for target, (height, width) in zip(targets, images.image_sizes):
-            boxes = target["proposals"]  # of which the last is the whole image, before it was resized
-            scaled.append(boxes * (boxes.new_tensor([width, height]) / boxes[-1, 2:]).repeat(2))
-        return scaled, {}
+        boxes = [target["proposals"] for target in targets]  # the last is the whole image, before it was resized
+        scales = [box.new_tensor([w, h] * 2) / box[-1, 2:].repeat(2) for box, (h, w) in zip(boxes, images.image_sizes)]
+        return [box * scale for box, scale in zip(boxes, scales)], {}
 
 
 def make_detector(args: Args, num_classes: int) -> nn.Module:
@@ -590,18 +549,16 @@ def make_detector(args: Args, num_classes: int) -> nn.Module:
         nn.init.ones_(model.head.regression_head.bbox_reg.bias)
     elif arch == "retinanet":
         octaves = tuple(tuple(round(4 * 2 ** (level + i / 3)) for i in range(3)) for level in range(3, 8))
-        anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * 5)
+        anchors = detection.anchor_utils.AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * 5)
         # with the normalisation of torchvision's second version, without which small data teach it nearly nothing
         head = detection.retinanet.RetinaNetHead(256, 9, num_classes, norm_layer=partial(nn.GroupNorm, 32))
         model = detection.RetinaNet(pyramid, num_classes, anchor_generator=anchors, head=head, **scale)
     else:
         # 128 regions an image and 256 hidden units, where torchvision has 512 and 1,024: a third of the time on a CPU
-        model = detection.FasterRCNN(
-            pyramid, box_batch_size_per_image=128, box_head=detection.faster_rcnn.TwoMLPHead(256 * 7 * 7, 256),
-            rpn_anchor_generator=AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5),
-            box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], output_size=7, sampling_ratio=2),
-            box_predictor=detection.faster_rcnn.FastRCNNPredictor(256, num_classes), **scale,
-        )  # fmt: skip
+        head = detection.faster_rcnn.TwoMLPHead(256 * 7 * 7, 256)
+        predictor = detection.faster_rcnn.FastRCNNPredictor(256, num_classes)
+        scale |= {"box_batch_size_per_image": 128, "box_head": head, "box_predictor": predictor}
+        model = detection.FasterRCNN(pyramid, **scale)
         model.rpn = ExternalProposals() if arch == "fastrcnn" else model.rpn
     chooser = getattr(model, "roi_heads", model)
     chooser.score_thresh, chooser.detections_per_img = LOWEST_SCORE, MOST_BOXES
@@ -633,11 +590,9 @@ def read_checkpoint(path: str) -> dict:
 
 def load_weights(args: Args, model: nn.Module) -> list[str]:
     """Copy what --weights or --pretrained names into all but the head; names of the copied tensors."""
-    source = args.pretrained or args.weights
+    source = str(args.pretrained or args.weights)
     if source == "none":
         return []
-    if not source:
-        fail("--arch yolov3 needs --weights: Darknet's darknet53.conv.74 or yolov3.weights, or `none`")
     if args.arch == "yolov3" and os.path.isfile(source) and not source.endswith((".pth", ".pt")):
         return load_darknet(model, source)
     if args.pretrained or os.path.isfile(source):
@@ -646,11 +601,8 @@ def load_weights(args: Args, model: nn.Module) -> list[str]:
         bare = args.arch == "yolov3" and not args.backbone
         entries = {} if bare else models.get_model_weights(args.backbone or args.arch).__members__
         if source not in entries:
-            fail(f"--weights: {source} is neither a file nor one of {', '.join([*entries, 'none'])}")
-        try:
-            state = entries[source].get_state_dict(progress=False, check_hash=True)
-        except OSError as error:
-            fail(f"--weights {source} cannot be downloaded: {error}")
+            fail(f"--weights {source}: no file (Darknet's yolov3.weights) nor {', '.join([*entries, 'none'])}")
+        state = entries[source].get_state_dict(progress=False, check_hash=True)
     state = {name.removeprefix("trunk."): value for name, value in state.items()}  # of finetune_classify.py
     if not any(name.startswith(("backbone.", "head.")) for name in state):
         state = {f"backbone.body.{name.removeprefix('features.')}": value for name, value in state.items()
@@ -703,18 +655,16 @@ def detect(args: Args, model: nn.Module, data: Pictures, ids: list[int], device:
     return results, seen
 
 
-def paper_ap(coco: COCO, results: list[dict], ids: list[int], category: int, iou: float) -> float:
+def paper_ap(coco: COCO, results: COCO, ids: list[int], category: int, iou: float) -> float:
     """AP of a class as in the paper: the area under the interpolated precision-recall curve (VOC 2010 on), or NaN."""
-    boxes, scores, right, total = defaultdict(list), [], [], 0
-    for result in results:
-        if result["category_id"] == category:
-            boxes[result["image_id"]].append(result)
+    judged, total = [], 0
     for i in ids:
         objects, taken = [box for box in coco.imgToAnns[i] if box["category_id"] == category], set()
+        boxes = [box for box in results.imgToAnns[i] if box["category_id"] == category]
         total += sum(not box["iscrowd"] for box in objects)
-        if not boxes[i]:
+        if not boxes:
             continue
-        found, values = corners(boxes[i]), torch.tensor([result["score"] for result in boxes[i]])
+        found, values = corners(boxes), torch.tensor([box["score"] for box in boxes])
         kept = nms(found, values, 0.45)
         # a box is of the object that it overlaps most, and right if it does so by `iou` and as the first one
         for overlaps, value in zip(box_iou(found[kept], corners(objects)), values[kept].tolist()):
@@ -722,10 +672,9 @@ def paper_ap(coco: COCO, results: list[dict], ids: list[int], category: int, iou
             hit = best >= 0 and bool(overlaps[best] >= iou)
             if hit and objects[best]["iscrowd"]:
                 continue
-            scores.append(value)
-            right.append(hit and best not in taken)
+            judged.append((value, hit and best not in taken))
             taken |= {best} if hit else set()
-    hits = np.array(right, dtype=np.float64)[np.argsort(-np.array(scores), kind="stable")]
+    hits = np.array([right for _, right in sorted(judged, key=lambda pair: -pair[0])], dtype=np.float64)
     recall = np.cumsum(hits) / max(total, 1)
     precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
@@ -736,9 +685,11 @@ def measure(coco: COCO, results: list[dict], ids: list[int]) -> dict[str, float]
     """COCO's AP (IoU 0.5 to 0.95), AP50, AP75; the paper's AP@0.1 and AP@0.5; all but AP50, AP75 also by class."""
     classes = {category["id"]: category["name"] for category in coco.dataset["categories"]}
     metrics = {name: 0.0 for name in ("AP", "AP50", "AP75", *(f"AP/{name}" for name in classes.values()))}
+    index = COCO()
     if results:
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+            index = coco.loadRes(results)
+            evaluation = COCOeval(coco, index, "bbox")
             evaluation.params.imgIds = ids
             evaluation.evaluate()
             evaluation.accumulate()
@@ -748,9 +699,8 @@ def measure(coco: COCO, results: list[dict], ids: list[int]) -> dict[str, float]
             precision = evaluation.eval["precision"][:, :, k, 0, 2]
             metrics[f"AP/{name}"] = float(precision.mean()) if precision.max() > -1 else math.nan
     for iou in (0.1, 0.5):
-        each = {f"AP@{iou}/{name}": paper_ap(coco, results, ids, i, iou) for i, name in classes.items()}
-        known = [value for value in each.values() if not math.isnan(value)]
-        metrics |= {f"AP@{iou}": sum(known) / len(known) if known else math.nan} | each
+        each = {f"AP@{iou}/{name}": paper_ap(coco, index, ids, i, iou) for i, name in classes.items()}
+        metrics |= {f"AP@{iou}": float(np.nanmean([*each.values()]))} | each
     return metrics
 
 
@@ -762,18 +712,18 @@ def draw_detections(data: Pictures, results: list[dict], ids: list[int], thresho
     """Write the images `ids` with their boxes of `threshold` and more, and these boxes' classes and scores, as PNGs."""
     by_image = defaultdict(list)
     for box in results:
-        if box["score"] >= threshold:
-            by_image[box["image_id"]].append(box)
+        by_image[box["image_id"]].append(box)
     for i in ids:
-        image, found = data[i][0], by_image[i]
+        image, found = data[i][0], [box for box in by_image[i] if box["score"] >= threshold]
         words = [f"{box['category']} {box['score']:.2f}" for box in found]
         if found:
             colors = [f"hsl({47 * box['category_id'] % 360}, 100%, 70%)" for box in found]  # torchvision's has black
             image = draw_bounding_boxes(image, corners(found), words, colors, width=max(image.shape) // 300 + 1,
                                         font=findfont("DejaVu Sans"), font_size=max(image.shape) // 60 + 8,
                                         fill_labels=True)  # fmt: skip
-        path = os.path.join(folder, f"{i}_{os.path.splitext(os.path.basename(data.coco.imgs[i]['file_name']))[0]}.png")
-        write_file(path, lambda file: v2.functional.to_pil_image(image).save(file, "PNG"))  # noqa: B023
+        name = os.path.splitext(os.path.basename(data.coco.imgs[i]["file_name"]))[0]
+        picture = v2.functional.to_pil_image(image)
+        write_file(f"{folder}/{i}_{name}.png", partial(picture.save, format="PNG"))
 
 
 def draw_curves(history: list[dict], path: str) -> None:
@@ -791,29 +741,24 @@ if __name__ == "__main__":
     # TRY NOT TO MODIFY: flags, with those of the run that --resume and --evaluate name unless given anew
     about = "Fine-tune object detectors. A first run: python finetune_detect.py --dataset voc2007 --download"
     args, checkpoint = tyro.cli(Args, description=about), {}
-    if args.resume and args.evaluate:
-        fail("--resume goes on with a run, --evaluate tests one: give either")
-    if args.resume or args.evaluate:
-        checkpoint = read_checkpoint(args.resume or args.evaluate)
+    if args.evaluate or args.resume:
+        checkpoint = read_checkpoint(args.evaluate or args.resume)
+        base = os.path.dirname(checkpoint["path"])
         if not {"classes", "loaded", "last"} <= set(checkpoint):
             fail(f"{checkpoint['path']} is no checkpoint of this script")
         own = set(vars(args)) - {"exp_name", "logdir", "resume", "evaluate", "predict"}
         saved = {name: value for name, value in checkpoint["args"].items() if name in own}
+        saved |= {"split_file": f"{base}/split.csv"} if os.path.isfile(f"{base}/split.csv") else {}
         args = tyro.cli(Args, default=Args(**saved))
-        annotations = ("test_annotations", "val_annotations", "annotations")
-        others = [getattr(args, name) for name in annotations if getattr(args, name) != saved[name]]
-        exported = glob.glob(os.path.join(args.data_dir or "data", "*", "_annotations.coco.json"))
-        elsewhere = others or args.dataset != saved["dataset"] or args.data_dir != saved["data_dir"] and exported
-        for name in ("strategy", "unfreeze_from", "optimizer") if args.resume else ():
-            if getattr(args, name) != saved[name]:
-                fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.resume} goes on with {saved[name]}")
-        if args.split_file == saved["split_file"]:
-            own_split = os.path.join(os.path.dirname(checkpoint["path"]), "split.csv")
-            kept = own_split if args.resume or os.path.isfile(own_split) else saved["split_file"]
-            args.split_file = None if args.predict or args.evaluate and elsewhere else kept
-        if args.evaluate and elsewhere:
-            args.annotations, args.val_annotations, args.test_annotations = None, None, (others or [None])[0]
-            args.dataset = None if others or args.dataset == saved["dataset"] else args.dataset
+        new = {name: value for name, value in vars(args).items() if value != saved.get(name)}
+        for name in ("strategy", "unfreeze_from", "optimizer"):
+            if args.resume and name in new:
+                fail(f"--{name.replace('_', '-')} {new[name]}: {args.resume} goes on with {saved[name]}")
+        others = new.get("test_annotations") or new.get("val_annotations") or new.get("annotations")
+        exported = "data_dir" in new and glob.glob(f"{args.data_dir}/*/_annotations.coco.json")
+        if args.predict or args.evaluate and (others or exported or "dataset" in new):  # other images than the run's
+            args.annotations, args.val_annotations, args.test_annotations = None, None, others
+            args.dataset, args.split_file = new.get("dataset"), new.get("split_file")
     for name, value in vars(args).items():
         least = int(name in ("epochs", "batch_size", "image_size"))
         if type(value) in (int, float) and not least <= value < 2**31:
@@ -834,10 +779,9 @@ if __name__ == "__main__":
     args.weights = "none" if args.strategy == "scratch" else args.weights
     if not args.weights and (args.backbone or args.arch in TORCHVISION):
         args.weights = next(iter(models.get_model_weights(args.backbone or args.arch))).name
-    learning_rate = args.learning_rate
-    if learning_rate is None:
-        family = next(name for name in PER_IMAGE if args.arch.startswith(name))
-        learning_rate = 1e-4 if args.optimizer == "adam" else PER_IMAGE[family] * args.batch_size
+    per_image = next(rate for name, rate in PER_IMAGE.items() if args.arch.startswith(name))
+    usual_rate = 1e-4 if args.optimizer == "adam" else per_image * args.batch_size
+    learning_rate = usual_rate if args.learning_rate is None else args.learning_rate
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("high")
@@ -857,28 +801,23 @@ if __name__ == "__main__":
     # The detector
     model = make_detector(args, 1 + len(classes))
     if checkpoint:
-        try:
-            model.load_state_dict(checkpoint["model" if args.evaluate else "last"])
-        except RuntimeError:
-            fail(f"{checkpoint['path']} is of another network than --arch {args.arch} of this version")
+        model.load_state_dict(checkpoint["model" if args.evaluate else "last"])
     loaded = checkpoint["loaded"] if checkpoint else load_weights(args, model)
     model = model.to(device, memory_format=torch.channels_last)
     if args.evaluate:
-        split, base = "test" if ids["test"] else "val", os.path.dirname(checkpoint["path"])
+        split = "test" if ids["test"] else "val"
         if not ids[split]:
             fail("there are no images to test on")
         results, seen = detect(args, model, data, ids[split], device)
         if args.predict:
-            draw_detections(data, results, seen, args.predict_threshold, os.path.join(base, "pictures"))
-            write_file(os.path.join(base, "predictions.json"), lambda file: file.write(json.dumps(results).encode()))
+            draw_detections(data, results, seen, args.predict_threshold, f"{base}/pictures")
+            write_file(f"{base}/predictions.json", lambda file: file.write(json.dumps(results).encode()))
             print(f"saved {len(results):,} boxes in {len(seen):,} images to {base}: predictions.json and pictures")
         else:
             print(f"{checkpoint['path']} on {len(seen):,} {split} images: {describe(measure(coco, results, seen))}")
         sys.exit()
     if not ids["train"] or not any(coco.imgToAnns[i] for i in ids["val"]):
         fail("there are no images for training, or no boxes in those for validation")
-    if args.arch.startswith("ssdlite") and min(args.batch_size, len(ids["train"])) < 2:
-        fail(f"--arch {args.arch} needs two images for an update: its last normalisation sees one pixel of each")
     in_evaluation = freeze(model, loaded, args)
     if args.amp and device.type == "cuda":
         autocast_backbone(model, device.type)
@@ -893,9 +832,8 @@ if __name__ == "__main__":
     # TRY NOT TO MODIFY: the run's folder and logs
     name = os.path.basename(os.path.abspath(args.dataset or args.annotations or folder)).removesuffix(".json")
     run_dir = os.path.join(args.logdir, f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    path = os.path.join(run_dir, f"{args.exp_name}.pt")
+    run_dir, path = (base, checkpoint["path"]) if args.resume else (run_dir, f"{run_dir}/{args.exp_name}.pt")
     if args.resume:
-        path, run_dir = checkpoint["path"], os.path.dirname(checkpoint["path"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
     if args.track:
         import wandb
@@ -908,7 +846,7 @@ if __name__ == "__main__":
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", epoch)
     rows = io.StringIO()
     csv.writer(rows).writerows([["path", "split"], *([i["file_name"], i["split"]] for i in coco.imgs.values())])
-    write_file(os.path.join(run_dir, "split.csv"), lambda file: file.write(rows.getvalue().encode()))
+    write_file(f"{run_dir}/split.csv", lambda file: file.write(rows.getvalue().encode()))
 
     def save() -> None:
         writer.flush()  # first: a kill right after the checkpoint must not cost the points before it
@@ -922,7 +860,7 @@ if __name__ == "__main__":
         metrics = measure(coco, results, seen)
         for name, value in metrics.items():
             writer.add_scalar(f"{split}/{name}", value, epoch)
-        draw_detections(data, results, seen[:8], args.predict_threshold, os.path.join(run_dir, "detections", split))
+        draw_detections(data, results, seen[:8], args.predict_threshold, f"{run_dir}/detections/{split}")
         return metrics
 
     # Training
@@ -933,7 +871,7 @@ if __name__ == "__main__":
     try:
         save()
         while epoch < args.epochs and not 0 < args.patience <= stale:
-            shutil.rmtree(os.path.join(run_dir, "detections", "test"), ignore_errors=True)  # of fewer epochs
+            shutil.rmtree(f"{run_dir}/detections/test", ignore_errors=True)  # of fewer epochs
             model.train()
             for module in in_evaluation:
                 module.eval()
@@ -944,7 +882,7 @@ if __name__ == "__main__":
                 warmed = (epoch * updates + step) / max(min(args.warmup_iterations, updates), 1)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate * min(1.0, warmed) * 0.1**drops
-                if len(images) > args.arch.startswith("ssdlite"):
+                if len(images) > args.arch.startswith("ssdlite"):  # whose last normalisation sees a pixel of each
                     losses = model(images, targets)
                     losses["loss"] = torch.stack(list(losses.values())).sum()
                     optimizer.zero_grad()
@@ -957,19 +895,19 @@ if __name__ == "__main__":
                     shown, left = now, round((now - started) / done * ((args.epochs - epoch) * updates - step))
                     print(f"epoch {epoch + 1}/{args.epochs} {step / updates:.1%}  loss {sums['loss'] / count:.4f}  "
                           f"{(now - begun) / step:.2f} s/update  ETA {timedelta(0, left)}", flush=True)  # fmt: skip
-            seconds = (time.perf_counter() - begun) / updates
             means = {name: float(value) / count for name, value in sums.items()}
             if not math.isfinite(means.get("loss", math.nan)):
-                fail(f"the loss is not finite in epoch {epoch + 1} ({means or 'none of the images could be read'})")
-            epoch += 1
-            metrics = test("val")
+                fail(f"the loss is not finite in epoch {epoch + 1}: {means or 'there was no update'}")
             points = {f"losses/{name.removeprefix('loss_')}": value for name, value in means.items() if name != "loss"}
             points |= {"train/loss": means["loss"], "charts/learning_rate": optimizer.param_groups[0]["lr"]}
-            for tag, value in (points | {"charts/seconds_per_update": seconds}).items():
+            points |= {"charts/seconds_per_update": (time.perf_counter() - begun) / updates}
+            epoch += 1
+            for tag, value in points.items():
                 writer.add_scalar(tag, value, epoch)
+            metrics = test("val")
             print(f"epoch {epoch}: loss {means['loss']:.4f}; validation: {describe(metrics)}", flush=True)
-            history.append({name: (means | metrics)[name] for name in ("loss", "AP", "AP50", "AP@0.1")})
-            draw_curves(history, os.path.join(run_dir, "curves.png"))
+            history.append(means | metrics)
+            draw_curves(history, f"{run_dir}/curves.png")
             stale += 1
             if metrics["AP@0.5"] > best:
                 best, stale = metrics["AP@0.5"], 0

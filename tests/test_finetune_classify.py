@@ -64,49 +64,50 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def build(arch, classes=("x", "y"), random=True, **flags):
-    trunk = fc.make_trunk(fc.Args(arch=arch, **{"weights": "none"} | flags), random=random)
-    return fc.Classifier(*trunk, {"a": list(classes)})
+def refused(*flags, cwd):
+    return run(SCRIPT, *flags, cwd=cwd, check=False).stderr
 
 
-def test_a_class_of_three_images_has_one_in_each_split():
-    labels = ["many"] * 50 + ["three"] * 3 + ["two"] * 2
-    rows = [{"path": f"{i}.jpg", "split": "", "class": label} for i, label in enumerate(labels)]
-    rows, classes = fc.split_data(fc.Args(), rows)
+def build(arch, classes=("x", "y"), weights="none", image_size=None):
+    return fc.Classifier(*fc.make_trunk(arch, str(weights), image_size), {"a": list(classes)})
+
+
+def test_the_split_has_every_class_and_is_the_seed_s_or_that_of_a_file(tmp_path):
+    def split(**flags):
+        labels = ["many"] * 50 + ["three"] * 3 + ["two"] * 2
+        rows = [{"path": f"{i}.jpg", "split": "", "class": label} for i, label in enumerate(labels)]
+        return fc.split_data(fc.Args(**flags), rows)
+
+    rows, classes = split(seed=1)
     found = [(row["split"], row["class"]) for row in rows]
     assert classes == {"class": ["many", "three"]} and len(rows) == 53
     assert [found.count((split, "many")) for split in fc.SPLITS] == [40, 5, 5]
     assert [found.count((split, "three")) for split in fc.SPLITS] == [1, 1, 1]
+    other, path = split(seed=2)[0], str(tmp_path / "split.csv")
+    fc.write_csv(path, other)
+    assert split(seed=1)[0] == rows != other == split(seed=1, split_file=path)[0]
 
 
-def test_the_split_is_the_seed_s_and_can_be_used_again(folder, tmp_path):
-    one, two, three = (fc.split_data(fc.Args(seed=seed), fc.read_folders(str(folder)))[0] for seed in (1, 1, 2))
-    fc.write_csv(str(tmp_path / "split.csv"), three)
-    again, _ = fc.split_data(fc.Args(split_file=str(tmp_path / "split.csv")), fc.read_folders(str(folder)))
-    assert one == two != three == again
+TRAIN = {"train/disc": 30, "train/square": 30}
 
 
-def test_folders_of_splits(folder, tmp_path):
-    for split, numbers in (("train", range(30)), ("valid", range(30, 35)), ("test", range(35, 40))):
-        for kind in ("disc", "square"):
-            (tmp_path / split / kind).mkdir(parents=True)
-            for i in numbers:
-                (tmp_path / split / kind / f"{i}.png").symlink_to(folder / kind / f"{i:02d}.png")
+@pytest.mark.parametrize(
+    "folders, sizes",
+    [
+        (TRAIN | {"valid/disc": 5, "valid/square": 5, "test/disc": 5, "test/square": 5}, [60, 10, 10]),
+        (TRAIN | {"test/disc": 5, "test/square": 5}, [54, 6, 10]),  # a tenth of each class in train/ for validation
+        (TRAIN | {"validation/disc": 5, "validation/square": 5, "test": 9}, [54, 10, 6]),  # images without a class
+    ],
+)
+def test_folders_of_splits(folders, sizes, tmp_path):
+    for folder, n in folders.items():
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(n):
+            (tmp_path / folder / f"{i}.png").touch()
     rows, classes = fc.split_data(fc.Args(), fc.read_folders(str(tmp_path)))
     assert classes == {"class": ["disc", "square"]}
-    assert [[row["split"] for row in rows].count(split) for split in fc.SPLITS] == [60, 10, 10]
-    (tmp_path / "valid").rename(tmp_path / "elsewhere")  # no validation images: a tenth of each class in train
-    rows, _ = fc.split_data(fc.Args(), fc.read_folders(str(tmp_path)))
-    assert [[row["split"] for row in rows].count(split) for split in fc.SPLITS] == [54, 6, 10]
-    assert all(row["path"].startswith("test") == (row["split"] == "test") for row in rows)
-    (tmp_path / "elsewhere").rename(tmp_path / "validation")
-    shutil.rmtree(tmp_path / "test/square")
-    (tmp_path / "test/disc").rename(tmp_path / "test/unlabelled.d")
-    for path in (tmp_path / "test/unlabelled.d").iterdir():
-        path.rename(tmp_path / "test" / path.name)
-    rows, classes = fc.split_data(fc.Args(), fc.read_folders(str(tmp_path)))  # images for the test have no classes
-    assert classes == {"class": ["disc", "square"]}
-    assert [[row["split"] for row in rows].count(split) for split in fc.SPLITS] == [54, 10, 6]
+    assert [[row["split"] for row in rows].count(split) for split in fc.SPLITS] == sizes
+    assert all(row["path"].startswith(("train", row["split"])) for row in rows)
 
 
 RIJKS = """,ImageId,dc_creator,dc_materiaal,dc_type
@@ -160,6 +161,12 @@ def test_the_readme_s_table_from_the_museum_s_records(tmp_path, monkeypatch):
     assert {(row["dc_materiaal"], row["dc_type"]) for row in rows} == {("olieverf", "schilderij")}
 
 
+BAD_FILES = {
+    "table.csv": "a,b\n1,2\n", "rows.csv": "ImageId,dc_type\n1,x\n", "latin.csv": "ImageId,dc_type\n1,\u00e9tude\n",
+    "gone.csv": "path,split\ndisc/00.png,val\ndisc/99.png,test\n",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "flags, says",
     [
@@ -169,7 +176,8 @@ def test_the_readme_s_table_from_the_museum_s_records(tmp_path, monkeypatch):
         ("--data-dir {folder} --metadata table.csv", "table.csv: the columns ['ImageId', 'dc_type'] are expected"),
         ("--data-dir {folder} --metadata rows.csv", "--metadata rows.csv: no row has an image in"),
         ("--data-dir {folder} --metadata latin.csv", "latin.csv cannot be read: 'utf-8' codec can't decode"),
-        ("--dataset Flower", "torchvision has none of that name, but "),
+        ("--data-dir {folder} --split-file gone.csv", "1 of its images are not there, as disc/99.png"),
+        ("--dataset Flower", "'torchvision.datasets' has no attribute 'Flower'"),
         ("--data-dir {folder} --arch resnet19", "--arch resnet19: torchvision has alexnet"),
         ("--data-dir {folder} --weights no.pth", "--weights no.pth: neither a file nor one of IMAGENET1K_V1"),
         ("--data-dir {folder} --weights table.csv", "table.csv cannot be loaded: no file of tensors"),
@@ -181,16 +189,14 @@ def test_the_readme_s_table_from_the_museum_s_records(tmp_path, monkeypatch):
         ("--data-dir {folder} --saliency 3", "need a trained network"),
         ("--data-dir {folder} --epochs 0", "--epochs 0 must be at least 1"),
         ("--data-dir {folder} --learning-rate nan", "--learning-rate nan must be at least 0"),
-        ("--data-dir {folder} --exp-name ../x", "becomes a file's name"),
     ],
 )
 def test_bad_input_gets_one_line(flags, says, folder, weights, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "flat").mkdir()
-    Image.new("RGB", (9, 9)).save(tmp_path / "flat/a.png")
-    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "rows.csv").write_text("ImageId,dc_type\n1,x\n")
-    (tmp_path / "latin.csv").write_bytes("ImageId,dc_type\n1,\u00e9tude\n".encode("latin-1"))
+    (tmp_path / "flat/a.png").touch()
+    for name, text in BAD_FILES.items():
+        (tmp_path / name).write_text(text, encoding="latin-1")
     done = run(SCRIPT, *flags.format(folder=folder, weights=weights).split(), cwd=tmp_path, check=False)
     assert done.returncode == 1 and says in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
 
@@ -216,8 +222,7 @@ def test_densenets_file_has_older_names(tmp_path):
     older = {re.sub(r"(denselayer\d+\.\w+)([12])\.", r"\1.\2.", name): tensor for name, tensor in state.items()}
     assert "features.denseblock1.denselayer1.norm.1.weight" in older
     torch.save(older, tmp_path / "densenet.pth")
-    model = build("densenet121", random=False, weights=str(tmp_path / "densenet.pth"))
-    loaded = model.trunk.state_dict()
+    loaded = build("densenet121", weights=tmp_path / "densenet.pth").trunk.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items() if not name.startswith("classifier"))
 
 
@@ -230,8 +235,7 @@ def test_what_is_frozen_counts_no_batches_even_where_a_normalisation_has_childre
     trunk = nn.Sequential(nn.Sequential(NormAct(), NormAct()), nn.Dropout(), NormAct())
     model = fc.Classifier(trunk, 3, {"mean": [0.0] * 3, "std": [1.0] * 3}, {"class": ["a", "b"]})
     model.freeze("0.1")
-    model.train()
-    assert [module.training for module in trunk.modules()] == [True, True, False, False] + [True] * 5
+    assert model.frozen == [trunk[0][0], trunk[0][0].act]
     assert [parameter.requires_grad for parameter in trunk.parameters()] == [False] * 2 + [True] * 4
 
 
@@ -239,27 +243,29 @@ def test_images_are_turned_laid_on_white_and_have_eight_bits(tmp_path):
     ramp = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))
     Image.fromarray(np.dstack([ramp, ramp, ramp, np.zeros_like(ramp)]), "RGBA").save(tmp_path / "clear.png")
     Image.fromarray(np.full((64, 64), 300, np.uint16)).save(tmp_path / "deep.png")
-    exif = Image.Exif()
-    exif[274] = 6
-    Image.fromarray(ramp.T.copy()).save(tmp_path / "turned.png", exif=exif)
-    preprocessing = {"size": 64, "resize": 64, "interpolation": "bilinear"}
-    found = fc.Pictures(str(tmp_path), ["clear.png", "deep.png", "turned.png"], preprocessing)
-    (clear, *_), (_, _, error), (turned, *_) = (found[i] for i in range(3))
-    assert (clear == 255).all() and error.startswith("ValueError: mode I;16")
-    assert (turned == torch.from_numpy(ramp).flip(1)).all()
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    half, exif = Image.new("CMYK", (64, 64), (0, 0, 0, 255)), Image.Exif()
+    half.paste((0, 0, 0, 0), (0, 0, 64, 32))
+    exif[0x0112] = 6  # turned to the right: its upper half is its right half
+    half.save(tmp_path / "turned.jpg", exif=exif)
+    preprocessing = {"size": 32, "resize": 32, "interpolation": "bilinear"}
+    pictures = fc.Pictures(str(tmp_path), ["clear.png", "turned.jpg", "deep.png", "bomb.png"], preprocessing)
+    (clear, turned, *_), _, (*none, deep, bomb) = zip(*(pictures[i] for i in range(4)))
+    assert (clear == 255).all() and turned[:, :, :14].max() < 20 and turned[:, :, 18:].min() > 235
+    assert none == ["", ""] and deep.startswith("ValueError: mode I;16") and "DecompressionBomb" in bomb
 
 
 def test_inception_scales_its_input_as_its_weights_want(tmp_path):
     theirs = models.inception_v3(weights=None, init_weights=False, transform_input=True).eval()
     torch.save(theirs.state_dict(), tmp_path / "inception.pth")
-    model = build("inception_v3", random=False, weights=str(tmp_path / "inception.pth")).eval()
+    model = build("inception_v3", weights=tmp_path / "inception.pth").eval()
     assert model.preprocessing["size"] == 299 and model.preprocessing["resize"] == 342
     images, theirs.fc = torch.randint(256, (2, 3, 299, 299), dtype=torch.uint8), nn.Identity()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     with torch.no_grad():
         assert torch.allclose(model.features(images), theirs((images / 255 - mean) / std), atol=1e-4)
     saved = {"args": {"arch": "inception_v3"}, "classes": {"a": ["x", "y"]}, "preprocessing": model.preprocessing}
-    again = fc.restore(saved | {"model": model.state_dict()}, fc.Args(arch="inception_v3")).eval()
+    again = fc.restore(saved | {"model": model.state_dict()}, "inception_v3", None).eval()
     with torch.no_grad():
         assert torch.equal(model(images)["a"], again(images)["a"])
 
@@ -272,13 +278,7 @@ def test_preprocessing_is_that_of_the_weights(folder):
     assert (ours - theirs).abs().max() < 0.05  # one grey level is 0.02
     small = build("resnet18", image_size=112).preprocessing
     assert (small["size"], small["resize"]) == (112, 128)
-
-
-def test_missing_labels_do_not_count():
-    logits = {"a": torch.tensor([[2.0, 0.0], [0.0, 3.0]]), "b": torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 5.0]])}
-    targets = {"a": torch.tensor([0, fc.MISSING]), "b": torch.tensor([fc.MISSING, fc.MISSING])}
-    expected = nn.functional.cross_entropy(logits["a"][:1], torch.tensor([0]))
-    assert torch.allclose(fc.total_loss(logits, targets), expected)
+    assert fc.make_trunk("resnet50", "IMAGENET1K_V2", None, random=True)[2]["resize"] == 232  # from scratch as well
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -318,33 +318,32 @@ def trained(folder, weights, tmp_path_factory):
     return runs
 
 
-def test_the_confusion_matrix_has_names_and_counts():
+def test_pictures_have_titles_and_classes():
     (axes,) = fc.draw_confusion(torch.tensor([[3, 1], [0, 17]]), ["cat", "dog"], "title").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog"]
     assert {text.get_position(): text.get_text() for text in axes.texts} == {(0, 0): "3", (1, 0): "1", (1, 1): "17"}
-
-
-def test_saliency_has_titles_and_classes(trained):
-    model = fc.restore(fc.load_file(str(trained["fine-tune"][0])), fc.Args(arch="resnet18"))
-    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    figure = fc.draw_saliency({"other": model, "this": model}, images, ["disc\n-> cross", "square\n-> disc"])
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles[:5] == ["image", "Grad-CAM\nother", "Grad-CAM\nthis", "VisualBackProp\nother", "VisualBackProp\nthis"]
-    assert [axes.get_ylabel() for axes in figure.axes[::5]] == ["disc\n-> cross", "square\n-> disc"]
+    model, images = build("resnet18"), torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    axes = fc.draw_saliency({"other": model, "this": model}, images, ["disc\n-> cross", "square\n-> disc"]).axes
+    titles = ["image", "Grad-CAM\nother", "Grad-CAM\nthis", "VisualBackProp\nother", "VisualBackProp\nthis"]
+    assert [panel.get_title() for panel in axes] == titles + [""] * 5
+    assert [panel.get_ylabel() for panel in axes[::5]] == ["disc\n-> cross", "square\n-> disc"]
 
 
 def test_metrics_by_hand():
-    targets = torch.tensor([0, 1, 1, 2, 0, fc.MISSING])
-    logits = torch.full((6, 7), -1.0)
+    logits, ranked = torch.full((6, 7), -1.0), torch.tensor([[9.0, 8, 7, 6, 5, 4]] * 6)
     logits[range(6), [0, 0, 1, 2, 2, 1]] = 1.0
-    shares, confusion = fc.measure(logits, targets)
-    assert shares["top1"] == 3 / 5
+    targets = {"a": [0, 1, 1, 2, 0, fc.MISSING], "six": [4, 5] + [fc.MISSING] * 4, "none": [fc.MISSING] * 6}
+    targets["three"] = [2, 1, 2, 1, 2, 1]
+    targets = {task: torch.tensor(target) for task, target in targets.items()}
+    values = {"a": logits, "six": ranked, "none": ranked, "three": ranked[:, :3]}
+    shares, confusions = fc.measure(values, torch.arange(6), targets, "val")
+    assert shares["val/a/top1"] == 3 / 5 and shares["val/six/top5"] == 0.5 and shares["val/three/top5"] == 1.0
     # precision and recall: class 0: 1/2, 1/2; class 1: 1, 1/2; class 2: 1/2, 1; others have no images
-    assert shares["macro_f1"] == pytest.approx((1 / 2 + 2 / 3 + 2 / 3) / 3)
-    assert confusion[:3, :3].tolist() == [[1, 0, 1], [1, 1, 0], [0, 0, 1]] and confusion.sum() == 5
-    ranked = torch.tensor([[9.0, 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4]])
-    assert fc.measure(ranked, torch.tensor([4, 5]))[0]["top5"] == 0.5
-    assert fc.measure(ranked[:, :3], torch.tensor([2, 1]))[0]["top5"] == 1.0  # three classes
+    assert shares["val/a/macro_f1"] == pytest.approx((1 / 2 + 2 / 3 + 2 / 3) / 3)
+    assert confusions["a"][:3, :3].tolist() == [[1, 0, 1], [1, 1, 0], [0, 0, 1]] and confusions["a"].sum() == 5
+    # missing labels do not count
+    parts = (nn.functional.cross_entropy(values[task], targets[task]) for task in ("a", "six", "three"))
+    assert shares["val/loss"] == pytest.approx(sum(parts).item())
 
 
 @pytest.mark.parametrize("until", [None, "layer4"])
@@ -354,7 +353,7 @@ def test_frozen_means_frozen(until):
     model = build("resnet18")
     model.freeze(until)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimizer = fc.make_optimizer(fc.Args(momentum=0.0, learning_rate=0.1), model)
+    optimizer = fc.make_optimizer(fc.Args(momentum=0.0, nesterov=False, learning_rate=0.1), model)
     batches = [(torch.randint(256, (4, 3, 32, 32)), torch.arange(4))] * 2
     fc.train_epoch(model, optimizer, batches, {"a": torch.tensor([0, 1, 0, 1])})
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -372,52 +371,24 @@ def test_the_papers_optimizers():
     assert (rms.defaults["lr"], rms.defaults["alpha"], rms.defaults["eps"]) == (1e-3, 0.9, 1e-8)
 
 
-def test_links_do_not_put_an_image_into_two_splits(folder, tmp_path, monkeypatch, capsys):
+def test_links_do_not_put_an_image_into_two_splits(folder, tmp_path):
     for kind in ("disc", "square"):
         (tmp_path / kind).symlink_to(folder / kind)
     (tmp_path / "more").mkdir()
     (tmp_path / "more/up").symlink_to(tmp_path)
     (tmp_path / "more/same.png").symlink_to(folder / "disc/00.png")
-    assert len(fc.find_images(str(tmp_path))) == 80
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("square"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    assert len(fc.find_images(str(tmp_path))) == 40
-    assert "left out: [Errno 13] Permission denied" in capsys.readouterr().out
-
-
-def test_images_that_would_fill_the_memory_are_refused_and_others_come_upright(tmp_path):
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
-    Image.new("L", (1, 60_000)).save(tmp_path / "strip.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned to the right: its upper half is its right half
-    half = Image.new("CMYK", (64, 64), (0, 0, 0, 255))
-    half.paste((0, 0, 0, 0), (0, 0, 64, 32))
-    half.save(tmp_path / "turned.jpg", exif=exif)
-    preprocessing = {"size": 32, "resize": 32, "interpolation": "bilinear"}
-    items = list(
-        map(fc.Pictures(str(tmp_path), ["bomb.png", "strip.png", "turned.jpg"], preprocessing).__getitem__, range(3))
-    )
-    assert "DecompressionBomb" in items[0][2] and "too long a strip" in items[1][2] and not items[2][2]
-    assert items[2][0][:, :, :14].max() < 20 and items[2][0][:, :, 18:].min() > 235
+    found = fc.find_images(str(tmp_path))
+    assert len(found) == 80 and {os.path.dirname(path) for path in found} == {"disc", "square"}
 
 
 @pytest.mark.parametrize("more", ["--strategy off-the-shelf", "--cache-gb 0"])
 def test_unreadable_images_are_named_counted_and_left_out(more, folder, tmp_path):
-    data = tmp_path / "data"
-    for kind in ("disc", "square"):
-        shutil.copytree(folder / kind, data / kind)
+    data = shutil.copytree(folder, tmp_path / "data")
     (data / "disc/03.png").write_bytes((data / "disc/03.png").read_bytes()[:100])
     (data / "square/04.png").unlink()
     (data / "square/04.png").symlink_to("nowhere")
-    out = run(
-        SCRIPT, *SMALL, "--data-dir", data, "--weights", "none", "--epochs", 2, *more.split(), cwd=tmp_path
-    ).stdout
+    flags = f"--data-dir {data} --weights none --epochs 2 {more}"
+    out = run(SCRIPT, *SMALL, *flags.split(), cwd=tmp_path).stdout
     assert out.count("disc/03.png cannot be read") == 1 and out.count("square/04.png cannot be read, FileNotFound") == 1
     assert "2 images could not be read and were left out" in out
 
@@ -437,9 +408,8 @@ def test_a_data_set_of_torchvision(folder, weights, tmp_path, monkeypatch):
             return Image.open(self.images[i][0]), self.images[i][1]
 
     monkeypatch.setattr(torchvision.datasets, "Toy", Toy, raising=False)
-    monkeypatch.setattr(torchvision.datasets, "__all__", ("Toy",))
     flags = ["--dataset", "Toy", "--weights", weights, "--strategy", "off-the-shelf", "--epochs", 1]
-    assert "Dataset not found" in run(SCRIPT, *SMALL, *flags, cwd=tmp_path, check=False).stderr
+    assert "Dataset not found" in refused(*SMALL, *flags, cwd=tmp_path)
     out = run(SCRIPT, *SMALL, *flags, "--download", cwd=tmp_path).stdout
     assert "90 train, 12 val, 18 test, class: 3 classes" in out
     out = run(SCRIPT, "--evaluate", only_run(tmp_path / "runs"), "--download", cwd=tmp_path).stdout
@@ -478,16 +448,15 @@ def test_early_stopping_and_the_best_weights(folder, weights, tmp_path):
     checkpoint = torch.load(path / "finetune_classify.pt")
     assert checkpoint["best"] == pytest.approx(min(losses), rel=1e-6)
     # ended: not tested again, and a checkpoint's flags name no folder to write to
-    assert "has ended" in run(SCRIPT, "--resume", path, cwd=tmp_path, check=False).stderr
+    assert "has ended" in refused("--resume", path, cwd=tmp_path)
     checkpoint["args"] |= {"exp_name": "../../escaped", "logdir": str(tmp_path / "elsewhere")}
     torch.save(checkpoint, path / "finetune_classify.pt")
-    refused = run(SCRIPT, "--resume", path, "--arch", "vgg11", "--patience", 3, cwd=tmp_path, check=False).stderr
-    assert "is of --arch resnet18, not vgg11" in refused
-    refused = run(SCRIPT, "--resume", path, "--optimizer", "adam", cwd=tmp_path, check=False).stderr
-    assert "--optimizer adam: " in refused and "the run has None (None: the default)" in refused
+    error = refused("--resume", path, "--arch", "vgg11", "--patience", 3, cwd=tmp_path)
+    assert "is of --arch resnet18, not vgg11" in error
+    error = refused("--resume", path, "--optimizer", "adam", cwd=tmp_path)
+    assert "--optimizer adam: " in error and "the run has None (None: the default)" in error
     # another learning rate is at work: none, so nothing moves
-    more = ["--patience", 3, "--learning-rate", 0, "--weight-decay", 0.5]
-    run(SCRIPT, "--resume", path, *more, cwd=tmp_path)
+    run(SCRIPT, "--resume", path, *"--patience 3 --learning-rate 0 --weight-decay 0.5".split(), cwd=tmp_path)
     after = torch.load(path / "finetune_classify.pt")
     assert [group["weight_decay"] for group in after["optimizer"]["param_groups"]] == [0.5, 0.0]
     assert after["epoch"] == len(losses) + 1 == len(scalars(path)["val/loss"])
@@ -503,9 +472,7 @@ def start(cwd, *flags, **more):
 
 def test_neither_workers_nor_the_cache_nor_a_signal_change_the_result(folder, tmp_path):
     """A run with workers, ended by SIGTERM to its process group as by a scheduler, then resumed; and one without."""
-    flags = (
-        f"--data-dir {folder} --weights none --arch mobilenet_v3_small --image-size 32 --batch-size 16 --patience 99"
-    )
+    flags = f"--data-dir {folder} --weights none --arch mobilenet_v3_small --image-size 32 --patience 99"
     for name in ("killed", "straight"):
         (tmp_path / name).mkdir()
     process = start(tmp_path / "killed", *flags.split(), "--epochs", 400, "--workers", 2, "--cache-gb", 0)
@@ -530,7 +497,7 @@ def test_a_full_disk_leaves_no_half_file(folder, tmp_path):
     flags = f"--data-dir {folder} --weights none --arch mobilenet_v3_small --image-size 32 --workers 0"
     limit = resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)
     process = start(tmp_path, *flags.split(), preexec_fn=lambda: resource.setrlimit(*limit))
-    out = process.communicate(timeout=60)[0]
+    out = process.communicate(timeout=120)[0]
     assert process.returncode == 1 and "cannot be written" in out and "Traceback" not in out, out
     assert not [path for path in only_run(tmp_path / "runs").iterdir() if path.suffix in (".pt", ".tmp")]
 
@@ -545,8 +512,7 @@ def test_evaluate_predict_and_saliency(trained, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "moved")
     moved = run(SCRIPT, "--evaluate", path, "--data-dir", tmp_path / "moved", cwd=folder).stdout
     assert "on 12 test images: test/loss" in moved and f"test/top1 {top1:.4f}" in moved
-    refused = run(SCRIPT, "--evaluate", path, "--label-column", "shape", "--metadata", "x.csv", cwd=folder, check=False)
-    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert refused("--evaluate", path, "--label-column", "shape", "--metadata", "x.csv", cwd=folder).count("\n") == 1
     # images that the run has never seen, without the data that it was trained on
     rng = np.random.default_rng(1)
     for kind in ("disc", "unknown"):
@@ -565,16 +531,14 @@ def test_evaluate_predict_and_saliency(trained, folder, tmp_path):
 
 def test_a_chain_to_several_tasks(trained, folder, tmp_path):
     """--pretrained takes all but the heads of a network with other classes; labels may be missing."""
-    with open(tmp_path / "table.csv", "w") as file:
-        rows = csv.writer(file)
-        rows.writerow(["ImageId", "round", "shape"])
-        for i, path in enumerate(sorted(path.relative_to(folder) for path in folder.glob("*/*.png"))):
-            kind = path.parent.name
-            rows.writerow([path, "" if i % 4 == 0 else "yes" if kind == "disc" else "no", kind])
+    rows = []
+    for i, path in enumerate(sorted(folder.glob("*/*.png"))):
+        kind, is_round = path.parent.name, "" if i % 4 == 0 else "yes" if path.parent.name == "disc" else "no"
+        rows.append({"ImageId": f"{kind}/{path.name}", "round": is_round, "shape": kind})
+    fc.write_csv(str(tmp_path / "table.csv"), rows)
     path = trained["fine-tune"][0]
     flags = f"--data-dir {folder} --metadata table.csv --label-column round shape --pretrained {path} --epochs 3"
-    refused = run(SCRIPT, *SMALL, *flags.split(), "--arch", "vgg11", cwd=tmp_path, check=False).stderr
-    assert "is of --arch resnet18, not vgg11" in refused
+    assert "is of --arch resnet18, not vgg11" in refused(*SMALL, *flags.split(), "--arch", "vgg11", cwd=tmp_path)
     out = run(SCRIPT, *SMALL, *flags.split(), "--strategy", "off-the-shelf", cwd=tmp_path).stdout
     assert "round: 2 classes, shape: 3 classes" in out
     chained = torch.load((run_dir := only_run(tmp_path / "runs")) / "finetune_classify.pt")

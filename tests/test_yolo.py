@@ -42,81 +42,61 @@ def yolov3_cfg():
     return layers
 
 
-def run_darknet(path, layers, x):
-    """The outputs of the [yolo] layers, before their logistic functions, and the output of the layer 74."""
-    floats, at, outputs, yolo = np.fromfile(path, dtype="<f4", offset=20), 0, [], []
-
-    def take(*shape):
-        nonlocal at
-        at += math.prod(shape)
-        return torch.from_numpy(floats[at - math.prod(shape) : at].reshape(shape))
-
-    for kind, *values in layers:
-        if kind == "conv":
-            filters, size, stride, normalised = values
-            bias = take(filters)
-            scale, mean, variance = (take(filters), take(filters), take(filters)) if normalised else (None,) * 3
-            x = F.conv2d(x, take(filters, x.shape[1], size, size), None, stride, size // 2)
-            if normalised:
-                x = (x - mean[:, None, None]) / torch.sqrt(variance + 1e-5)[:, None, None] * scale[:, None, None]
-            x = x + bias[:, None, None]
-            x = torch.where(x > 0, x, 0.1 * x) if normalised else x
-        elif kind == "shortcut":
-            x = x + outputs[values[0]]
-        elif kind == "route":
-            x = torch.cat([outputs[i] for i in values], dim=1)
-        elif kind == "upsample":
-            x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        else:
-            yolo.append(x)
-        outputs.append(x)
-    assert at == len(floats)
-    return yolo, outputs[74]
-
-
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """yolov3.weights and darknet53.conv.74 of random numbers that keep activations of ordinary size."""
-    folder, rng, widths, starts = tmp_path_factory.mktemp("weights"), np.random.default_rng(0), [3], []
-    normal = rng.standard_normal(5_000_000, dtype=np.float32)
+def darknet(tmp_path_factory):
+    """yolov3.weights and darknet53.conv.74 of random numbers, as they are drawn while yolov3.cfg is interpreted.
 
-    def draw(n, shift, scale):
-        start = rng.integers(len(normal) - n)  # a stretch of the same numbers: 62 million new ones take too long
-        (shift + np.float32(scale) * normal[start : start + n]).tofile(file)
+    The folder, an input, the outputs of the [yolo] layers for it before their logistic functions, and of layer 74.
+    """
+    folder, rng, outputs, yolo, starts = tmp_path_factory.mktemp("weights"), np.random.default_rng(0), [], [], []
+    normal = rng.standard_normal(5_000_000, dtype=np.float32)
+    x = first = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+    def draw(shape, shift, scale):  # such that activations keep their size
+        start = rng.integers(len(normal) - math.prod(shape))  # 62 million new numbers would take too long
+        values = shift + np.float32(scale) * normal[start : start + math.prod(shape)]
+        values.astype("<f4").tofile(file)
+        return torch.from_numpy(values.reshape(shape))
 
     with open(folder / "yolov3.weights", "wb") as file:
         np.array([0, 2, 0, 32_013_312, 0], dtype="<i4").tofile(file)  # version, and number of images seen
         for kind, *values in yolov3_cfg():
             starts.append(file.tell())
-            channels = widths[-1]
             if kind == "conv":
-                filters, size, _, normalised = values
-                for shift, scale in ((0, 1), (1, 0.1), (0, 0.1), (1, 0.1)) if normalised else ((0, 1),):
-                    draw(filters, shift, scale)
-                draw(filters * channels * size * size, 0, (channels * size * size) ** -0.5)
-                channels = filters
+                filters, size, stride, normalised = values
+                kernel, each = (filters, x.shape[1], size, size), (filters, 1, 1)
+                bias = draw(each, 0, 1)
+                if normalised:
+                    scale, mean, variance = draw(each, 1, 0.1), draw(each, 0, 0.1), draw(each, 1, 0.1)
+                x = F.conv2d(x, draw(kernel, 0, math.prod(kernel[1:]) ** -0.5), None, stride, size // 2)
+                x = ((x - mean) / torch.sqrt(variance + 1e-5) * scale if normalised else x) + bias
+                x = torch.where(x > 0, x, 0.1 * x) if normalised else x
+            elif kind == "shortcut":
+                x = x + outputs[values[0]]
             elif kind == "route":
-                channels = sum(widths[value if value < 0 else value + 1] for value in values)
-            widths.append(channels)
-    with open(folder / "yolov3.weights", "rb") as file:
-        (folder / "darknet53.conv.74").write_bytes(file.read(starts[75]))
-    yield folder
+                x = torch.cat([outputs[i] for i in values], dim=1)
+            elif kind == "upsample":
+                x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            else:
+                yolo.append(x)
+            outputs.append(x)
+    (folder / "darknet53.conv.74").write_bytes((folder / "yolov3.weights").read_bytes()[: starts[75]])
+    yield folder, first, yolo, outputs[74]
     for name in os.listdir(folder):  # 410 MB
         os.remove(folder / name)
 
 
-def test_files_of_darknet(model, files, tmp_path, monkeypatch):
+def test_files_of_darknet(model, darknet, tmp_path, monkeypatch):
     """Their lengths are the published ones; they give an interpreter's outputs; other classes get other outputs."""
+    files, x, wanted, wanted_74 = darknet
     assert os.path.getsize(files / "darknet53.conv.74") == 162_482_580
     assert os.path.getsize(files / "yolov3.weights") == 248_007_048
     assert sum(isinstance(m, torch.nn.Conv2d) for m in model.backbone.modules()) == 52
-    x = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-    coco, path = YOLOv3(81, size=SIZE).eval(), files / "yolov3.weights"
+    coco = YOLOv3(81, size=SIZE).eval()
     outputs = reversed(coco.outputs)  # in the place of the layers in which the file's are forgotten
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn, "Conv2d", lambda *sizes: next(outputs))
-        load_darknet(coco, str(path))
-    wanted, _ = run_darknet(path, yolov3_cfg(), x)
+        load_darknet(coco, str(files / "yolov3.weights"))
     with torch.no_grad():
         parts = coco.predict(x).split([3 * (SIZE // s) ** 2 for s in (8, 16, 32)], dim=1)
     for part, theirs, side in zip(parts, reversed(wanted), (8, 4, 2)):
@@ -129,9 +109,8 @@ def test_files_of_darknet(model, files, tmp_path, monkeypatch):
         assert {tensor.split(".")[0] for tensor in loaded} == parts
         for tensor, value in other.state_dict().items():
             assert torch.equal(value, theirs[tensor] if tensor in loaded else model.state_dict()[tensor]), tensor
-    _, wanted = run_darknet(files / "darknet53.conv.74", yolov3_cfg()[:75], x)
     with torch.no_grad():
-        assert torch.allclose(other.eval().backbone(x)["2"], wanted, rtol=1e-3, atol=1e-3)
+        assert torch.allclose(other.eval().backbone(x)["2"], wanted_74, rtol=1e-3, atol=1e-3)
     for size in (0, 20, 162_482_576, 162_482_584, 248_007_044, 248_007_052):
         (tmp_path / "weights").write_bytes(b"")
         os.truncate(tmp_path / "weights", size)  # without taking room on the disk
