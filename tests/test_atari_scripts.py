@@ -496,10 +496,11 @@ def test_evaluate_prints_what_was_measured(script, source, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("script, weights", [("ddqn_atari.py", "pong_dqn.pt"), ("dqv_atari.py", "pong_dqv.pt")])
-def test_the_committed_networks_play_pong(script, weights, tmp_path):
+@pytest.mark.parametrize("weights", ["pong_dqn", "pong_dqv", "pong_dqv_max"])
+def test_the_committed_networks_play_pong(weights, tmp_path):
     """Their page says how well; random play loses by 20.7."""
-    flags = ["--evaluate", ROOT / "results" / "atari" / weights, "--eval-episodes", 2]
+    script = f"{weights.replace('pong_dqn', 'pong_ddqn').removeprefix('pong_')}_atari.py"
+    flags = ["--evaluate", ROOT / "results" / "atari" / f"{weights}.pt", "--eval-episodes", 2]
     out = run(script, *flags, cwd=tmp_path).stdout
     assert float(out.split("episodic_return ")[1].split(",")[0]) > -5
 
