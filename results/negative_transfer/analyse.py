@@ -94,8 +94,8 @@ def analyse() -> None:
     pattern = defaultdict(lambda: defaultdict(list))  # {(arm, kind): {seed: [(R, late difference)]}}
     for arm, (title, scratch_arm, source_arm) in ARMS.items():
         scratch = defaultdict(list)
-        for (its_arm, mode, _, _, seed), curve in curves.items():
-            if its_arm == arm and mode == "scratch":
+        for (its_arm, mode, _, target, seed), curve in curves.items():
+            if its_arm == arm and mode == "scratch" and target != "Catch-v1":
                 scratch[seed].append([late(curve, name) for name in COLUMNS])
         if scratch:
             means = np.mean([np.mean(rows, axis=0) for rows in scratch.values()], axis=0)
@@ -113,6 +113,7 @@ def analyse() -> None:
                     continue
                 pairs.append((area(curve), area(old), late(curve) - late(old)))
                 kind = "between games" if source != target else f"to itself, {mode}"
+                kind += " (with Catch-v1)" * ("Catch-v1" in (source, target))  # that not all seeds have
                 pattern[arm, kind][seed].append((pairs[-1][0] / pairs[-1][1] - 1, pairs[-1][2]))
                 points.append((arm, late(origin, "dead_units"), late(origin, "feature_rank"), pairs[-1][2]))
                 more = [late(curve, name) - late(old, name) for name in COLUMNS[2:]]
