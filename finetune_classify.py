@@ -296,7 +296,10 @@ def make_trunk(arch: str, weights: str, image_size: int | None, random=False) ->
     if random:
         return trunk, features, preprocessing
     if weights in names:  # torchvision downloads it once
-        state = entries[weights].get_state_dict(progress=False, check_hash=True)
+        try:
+            state = entries[weights].get_state_dict(progress=False, check_hash=True)
+        except OSError as error:
+            fail(f"--weights {weights} cannot be downloaded: {error}")
     else:
         state = load_file(weights)
         state = state.get("model", state.get("state_dict", state))

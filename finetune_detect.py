@@ -227,8 +227,11 @@ def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
     if wrong:
         print(*wrong[:20], f"{len(wrong):,} records with an error are left out", sep="\n")
     if args.split_file:
-        with open(args.split_file, newline="", encoding="utf-8") as file:
-            splits = {row["path"]: row["split"] for row in csv.DictReader(file)}
+        try:
+            with open(args.split_file, newline="", encoding="utf-8") as file:
+                splits = {row["path"]: row["split"] for row in csv.DictReader(file)}
+        except (OSError, LookupError) as error:
+            fail(f"--split-file {args.split_file}: {error!r}")
         for path, image in images.items():
             image["split"] = splits.get(path, "")
     elif "train" in sources and "val" not in sources:  # 50/25/25 by image, as MINERVA
@@ -602,7 +605,10 @@ def load_weights(args: Args, model: nn.Module) -> list[str]:
         entries = {} if bare else models.get_model_weights(args.backbone or args.arch).__members__
         if source not in entries:
             fail(f"--weights {source}: no file (Darknet's yolov3.weights) nor {', '.join([*entries, 'none'])}")
-        state = entries[source].get_state_dict(progress=False, check_hash=True)
+        try:
+            state = entries[source].get_state_dict(progress=False, check_hash=True)
+        except OSError as error:
+            fail(f"--weights {source} cannot be downloaded: {error}")
     state = {name.removeprefix("trunk."): value for name, value in state.items()}  # of finetune_classify.py
     if not any(name.startswith(("backbone.", "head.")) for name in state):
         state = {f"backbone.body.{name.removeprefix('features.')}": value for name, value in state.items()

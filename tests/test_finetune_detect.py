@@ -666,6 +666,7 @@ MISTAKES = [
     ("", "--data-dir data has no train/_annotations.coco.json, and there are no --annotations"),
     ("{data} empty.json", "empty.json: no annotations in a known format"),
     ("--annotations {train} --data-dir nowhere --weights none", "there are no images for training"),
+    ("{data} {train} --split-file no.csv", "--split-file no.csv: FileNotFoundError"),
     ("{data} {train} --arch yolov5", "--arch yolov5: there are fasterrcnn, fastrcnn"),
     ("{data} {train} --arch fcos --backbone resnet19", "--backbone resnet19: torchvision has no such"),
     ("{data} {train} --arch fcos --backbone vit_b_16", "--backbone vit_b_16: no maps at strides 8"),
