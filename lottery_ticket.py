@@ -513,7 +513,7 @@ def read_settings(run_dir: str) -> dict:
         settings = json.loads(Path(run_dir, "hyperparameters.json").read_text())
     except (OSError, ValueError) as error:
         fail(f"{run_dir} is not a run of this script: {error!r} in hyperparameters.json")
-    return settings if "arm" in settings else fail(f"{run_dir}/hyperparameters.json is not of a run of this script")
+    return settings if "arm" in settings else fail(f"{run_dir} is not a run of this script: it has no arm")
 
 
 def difference(one: dict, other: dict, free: str = FREE) -> str:
