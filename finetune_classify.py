@@ -399,6 +399,8 @@ def train_epoch(model: Classifier, optimizer, batches, targets: dict[str, torch.
 def run_through(model: Classifier, batches) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Logits float32 `(N, classes)` of every task and the indices int64 `(N,)` of the images."""
     found = [(model.eval()(inputs), chosen) for inputs, chosen in batches]
+    if not found:
+        fail("there are no images to test on, or none can be read")
     logits = {task: torch.cat([values[task] for values, _ in found]) for task in model.tasks}
     return logits, torch.cat([chosen for _, chosen in found])
 

@@ -706,7 +706,8 @@ def measure(coco: COCO, results: list[dict], ids: list[int]) -> dict[str, float]
             metrics[f"AP/{name}"] = float(precision.mean()) if precision.max() > -1 else math.nan
     for iou in (0.1, 0.5):
         each = {f"AP@{iou}/{name}": paper_ap(coco, index, ids, i, iou) for i, name in classes.items()}
-        metrics |= {f"AP@{iou}": float(np.nanmean([*each.values()]))} | each
+        known = [value for value in each.values() if not math.isnan(value)]
+        metrics |= {f"AP@{iou}": sum(known) / len(known) if known else math.nan} | each
     return metrics
 
 
