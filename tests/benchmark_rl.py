@@ -4,7 +4,7 @@
     python tests/benchmark_rl.py --flags="--no-double, --no-double --bf16"      two of ours in turns
     python tests/benchmark_rl.py --updates                            milliseconds per update of all the scripts instead
 
-The rates are the script's own `charts/SPS`. The peers are Stable-Baselines3 and CleanRL's dqn_atari.py, of which
+The rates are from the times of events that the scripts log. The peers are Stable-Baselines3 and CleanRL's dqn_atari.py, of which
 --cleanrl is a copy of the repository; --peer-pythons are the interpreters of environments that have what they need, in
 their order (stable-baselines3, opencv-python, and for CleanRL gymnasium 0.29.1 with ale-py 0.9). They get the same network, batch
 size, replay memory, exploration and number of updates per step, and their own settings for the rest. Not collected by
@@ -55,9 +55,12 @@ def ours(args: Args, flags: str) -> tuple[float, float]:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         events = EventAccumulator(str(next(Path(logdir).iterdir())))
         events.Reload()
-        sps = [(event.step, event.value) for event in events.Scalars("charts/SPS")]
-    before = [value for step, value in sps if STARTS - 5 * WARM < step < STARTS + WARM / 2]
-    return statistics.median(before), statistics.median(value for step, value in sps if step > STARTS + 1.5 * WARM)
+        logged = [(event.step, event.wall_time) for event in events.Scalars("charts/SPS")]
+    rates = []
+    for low, high in ((WARM, STARTS), (STARTS + WARM, total)):
+        (first, begun), *_, (last, ended) = (event for event in logged if low <= event[0] <= high + 32)
+        rates.append((last - first) / (ended - begun))
+    return tuple(rates)
 
 
 def sb3_child(args: Args) -> None:
