@@ -279,7 +279,7 @@ def compare(scratch: dict[int, Run], transfer: dict[int, Run], metric: str) -> d
         # FT of curves scaled to random play 0 and the reference 1; random play cancels out
         cell |= zip(("FT", "FT_high", "FT_low"), np.negative(relative_change(reference - new, reference - old)))
     gain = curves[len(seeds) :].mean(axis=0) - curves[: len(seeds)].mean(axis=0)
-    late = gain[grid >= grid[0] + 0.9 * (grid[-1] - grid[0])]
+    late = np.interp(np.linspace(0.1 * grid[0] + 0.9 * grid[-1], grid[-1]), grid, gain)
     cell |= {"jumpstart": gain[0].round(6), "asymptotic": late.mean().round(6)}
     return cell | {"mean_transfer": new.mean(), "mean_scratch": old.mean()}
 

@@ -131,7 +131,8 @@ def test_pairs_of_seeds_belong_together(tmp_path):
 
 def test_constants_and_ramps(tmp_path):
     write(tmp_path, GAME, [0, 10_000], [0, 0.8])  # a ramp from 0 to .8: area .4, whatever the grid
-    write(tmp_path, GAME, np.arange(0, 11_000, 1_000), np.full(11, 0.6), source=OTHER)
+    steps = [*range(0, 10_000, 1_000), 9_996, 10_000]  # two last points close together are not two of three
+    write(tmp_path, GAME, steps, np.full(12, 0.6), source=OTHER)
     cell = cells(tmp_path)[PAIR]
     (row,) = csv.DictReader(printed("table", tmp_path, "--format", "csv").splitlines())
     assert row == {name: str(value) for name, value in cell.items()}
