@@ -288,9 +288,9 @@ def evaluate(args: Args, envs, q_network: nn.Module, look: Callable, seed: int, 
     """Play one full game in each of `envs` and return the scalars to log, means over games or over visited states.
 
     `look` takes stacks and returns greedy actions and named values, all `(N,)`. `discounted_return` is what followed,
-    with rewards clipped and cut where training cuts. `dead_units` is the share of hidden units and channels of the last
-    convolution that never fire (Sokar et al., 2023); of the hidden layer, `feature_norm` is the mean L2 norm and
-    `feature_rank` the singular values that make up 99 % of their sum (srank, Kumar et al., 2021).
+    rewards clipped, up to the game's end or where a lost life is terminal. `dead_units` is the share of hidden units and
+    channels of the last convolution that never fire (Sokar et al., 2023); of the hidden layer, `feature_norm` is the
+    mean L2 norm, `feature_rank` the number of singular values that make up 99 % of their sum (Kumar et al., 2021).
     """
     rng, device, layers = np.random.default_rng(seed), next(q_network.parameters()).device, {}
     hooks = [q_network.network[i].register_forward_hook(lambda *io, i=i: layers.update({i: io[2]})) for i in (5, 8)]
@@ -328,7 +328,7 @@ def evaluate(args: Args, envs, q_network: nn.Module, look: Callable, seed: int, 
     scalars = {"episodic_return": np.mean(returns), "episodic_return_std": np.std(returns)}
     for name, column in zip((*values, "discounted_return"), (*columns, to_go[:-1])):
         scalars[name] = column[playing].mean()
-    spectrum = torch.linalg.eigvalsh(gram.cpu()).clamp(min=0).sqrt().flip(0).cumsum(0)
+    spectrum = torch.linalg.eigvalsh(gram.cpu().nan_to_num(0, 0, 0)).clamp(min=0).sqrt().flip(0).cumsum(0)
     scalars |= {"dead_units": (highest <= 0).float().mean(), "feature_norm": norms / playing.sum()}
     scalars["feature_rank"] = 1 + (spectrum < 0.99 * spectrum[-1]).sum()
     scalars |= {"caught": balls[0] / balls[1]} if balls[1] else {}
@@ -373,7 +373,7 @@ def transfer(args: Args, networks: dict[str, nn.Module], source: dict, meanings:
     theirs = head_source.get("action_meanings", "unknown")
     if head_source and theirs != meanings:
         fail(f"the head of {head_source['path']} does not fit, its actions are {theirs}, those of this game {meanings}")
-    for key, network in networks.items():
+    for key, network in reversed(networks.items()):  # V first: where the two share layers, Q's count
         state, head, body = network.state_dict(), head_names(network), source.get(key, source["q_network"])
         load_tensors(network, state | {name: body.get(name) for name in state if name not in head}, source["path"])
         print(f"{key}: all but the head of {source['path']}")
@@ -431,8 +431,8 @@ if __name__ == "__main__":
     if args.learning_starts > args.total_timesteps and not args.evaluate:
         fail(f"--learning-starts {args.learning_starts} is beyond --total-timesteps {args.total_timesteps}")
     heads = [args.keep_head, args.head_fraction > 0, bool(args.pretrained_head)]
-    if sum(heads) > (1 if args.pretrained else 0):
-        fail("one of --keep-head, --head-fraction and --pretrained-head can be had with a --pretrained run")
+    if max(args.freeze_features, sum(heads)) > bool(args.pretrained):
+        fail("--freeze-features and one of --keep-head, --head-fraction, --pretrained-head need a --pretrained run")
 
     # TRY NOT TO MODIFY: device and seeding
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")

@@ -460,7 +460,7 @@ def test_a_full_disk_and_a_closed_pipe_keep_a_checkpoint(tmp_path, toy_flags, mo
 
 def test_what_is_not_finite_ends_the_run(tmp_path, toy_flags, monkeypatch):
     monkeypatch.setattr(nn.functional, "mse_loss", lambda v, target: (v - target).sum() * float("inf"))
-    done = run("dqv_atari.py", *toy_flags, "--eval-frequency", 0, cwd=tmp_path, check=False)
+    done = run("dqv_atari.py", *toy_flags, cwd=tmp_path, check=False)  # an evaluation comes first
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "not finite at step" in done.stderr
 
 
@@ -668,6 +668,14 @@ def test_a_checkpoint_of_another_algorithm_initialises_the_trunks(script, of, so
     assert f"is no run of {importlib.import_module(script).ALGORITHM} to resume" in refused.stderr
 
 
+def test_where_v_shares_q_s_layers_they_come_from_q(source, tmp_path):
+    path, checkpoint = source("dqv_atari")
+    _, copy = transferred(
+        "dqv_atari", tmp_path, "--pretrained", path, "--architecture", "hard", "--keep-head", *TOY[:2]
+    )
+    assert all(torch.equal(copy["q_network"][name], tensor) for name, tensor in checkpoint["q_network"].items())
+
+
 def test_cleanrl_s_bare_state_dict_is_accepted(source, tmp_path):
     _, checkpoint = source("ddqn_atari")
     torch.save(checkpoint["q_network"], bare := tmp_path / "dqn_atari.cleanrl_model")
@@ -699,6 +707,7 @@ def test_cleanrl_s_bare_state_dict_is_accepted(source, tmp_path):
         ("--total-timesteps 40000", "--learning-starts 50000 is beyond --total-timesteps 40000"),
         ("--exp-name a/b", "--exp-name a/b is not the name of a file"),
         ("--keep-head", "--pretrained"),
+        ("--freeze-features", "need a --pretrained run"),
     ],
 )
 def test_bad_input_gets_one_line(flags, says, tmp_path):
@@ -835,13 +844,14 @@ def test_optimizers_keep_their_state_on_the_device(shared, name):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("flags", [(), ("--freeze-features",), ("--optimizer", "rmsprop"), ("--resume",)])
-def test_captured_and_eager_updates_agree_on_cuda(script, tmp_path, toy_flags, flags):
+def test_captured_and_eager_updates_agree_on_cuda(script, source, tmp_path, toy_flags, flags):
     env, results = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}, []
     for graphs in ("--cudagraphs", "--no-cudagraphs"):
         # random actions, so that rounding cannot change the data
         same = ["--start-e", "1", "--end-e", "1", "--total-timesteps", "1900"] + [
             flag for flag in flags if flag != "--resume"
         ]
+        same += ["--pretrained", str(source(script)[0])] if "--freeze-features" in flags else []
         command = [sys.executable, str(ROOT / f"{script}.py"), "--logdir", graphs[2:], graphs]
         subprocess.run([*command, *toy_flags, *same], cwd=tmp_path, env=env, check=True)
         folder = only_run(tmp_path / graphs[2:])
