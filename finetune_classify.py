@@ -353,6 +353,8 @@ def restore(checkpoint: dict, arch: str, image_size: int | None, weights: str = 
         fail(f"{checkpoint['path']} is of --arch {checkpoint['args']['arch']}, not {arch}")
     old = checkpoint["preprocessing"]
     size = image_size or old["size"]
+    if arch.startswith("vit") and size != old["size"]:
+        fail(f"--image-size {size}: {checkpoint['path']} has a position for each part of {old['size']} pixels")
     trunk, features, _ = make_trunk(arch, "none", size)
     preprocessing = old | {"size": size, "resize": round(old["resize"] * size / old["size"])}
     model = Classifier(trunk, features, preprocessing, checkpoint["classes"])
@@ -374,7 +376,8 @@ def make_optimizer(args: Args, model: nn.Module) -> torch.optim.Optimizer:
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
     name = args.optimizer or ("rmsprop" if args.strategy == "off-the-shelf" else "sgd")
     if name == "sgd":
-        return torch.optim.SGD(groups, args.learning_rate, momentum=args.momentum, nesterov=args.nesterov)
+        nesterov = args.nesterov and args.momentum > 0
+        return torch.optim.SGD(groups, args.learning_rate, momentum=args.momentum, nesterov=nesterov)
     if name == "adam":
         return torch.optim.Adam(groups, args.learning_rate)
     return torch.optim.RMSprop(groups, args.learning_rate, alpha=0.9, eps=1e-8)
@@ -531,7 +534,7 @@ if __name__ == "__main__":
     if args.evaluate or args.resume:
         checkpoint = load_file(args.evaluate or args.resume, *CHECKPOINT)
         path, beside = checkpoint["path"], os.path.dirname(checkpoint["path"])
-        own = set(vars(args)) - {"exp_name", "logdir", "resume", "evaluate", "predict", "split_file"}
+        own = set(vars(args)) - {"exp_name", "logdir", "resume", "evaluate", "predict", "split_file", "download"}
         saved = {name: value for name, value in checkpoint["args"].items() if name in own}
         args = tyro.cli(Args, default=Args(**saved))
         moved = any(getattr(args, name) != saved[name] for name in ("data_dir", "dataset", "metadata"))
@@ -575,14 +578,15 @@ if __name__ == "__main__":
         rows = [row | {"split": "test"} for row in rows]
     if not args.predict:
         rows, classes = split_data(args, rows, classes)
-    targets, unreadable = {}, set()
+    targets, unreadable, table = {}, set(), None
     for task, names in classes.items():
         numbers = {name: number for number, name in enumerate(names)}
         targets[task] = torch.tensor([numbers.get(row.get(task), MISSING) for row in rows], device=device)
 
     def members(split: str) -> torch.Tensor:
-        """Indices of the images of a split, but for those that turned out to be unreadable."""
-        return torch.tensor([i for i, row in enumerate(rows) if row["split"] == split and i not in unreadable]).long()
+        """Indices of the images of a split; unreadable ones go when the table is made, or from every batch anew."""
+        gone = unreadable if table is not None else ()
+        return torch.tensor([i for i, row in enumerate(rows) if row["split"] == split and i not in gone]).long()
 
     sizes = [f"{len(members(split)):,} {split}" for split in SPLITS]
     print(", ".join(sizes + [f"{task}: {len(names):,} classes" for task, names in classes.items()]))
@@ -600,7 +604,7 @@ if __name__ == "__main__":
     model.bfloat16 = args.amp and on_cuda
     if frozen or args.unfreeze_from:
         model.freeze(args.unfreeze_from)
-    pictures, table = Pictures(source, [row["path"] for row in rows], model.preprocessing), None
+    pictures = Pictures(source, [row["path"] for row in rows], model.preprocessing)
     stops = []  # signals to end the run, heeded between batches: a fork of workers would lose a KeyboardInterrupt
 
     def batches(order: torch.Tensor, title: str = "", total: int = 0):

@@ -198,7 +198,7 @@ def find_annotations(args: Args) -> tuple[str, dict[str, list[dict]]]:
         # the first place that has any: the annotations' or the images' folder, or one below it, as COCO's train2017
         beside = os.path.relpath(path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path)), folder)
         below = sorted(glob.glob("*/", root_dir=folder), key=lambda name: (not name.startswith(split), name))
-        each = [[os.path.normpath(os.path.join(p, i["file_name"])) for i in images] for p in (beside, "", *below)]
+        each = [[os.path.normpath(os.path.join(p, str(i["file_name"]))) for i in images] for p in (beside, "", *below)]
         paths = max(each, key=lambda paths: any(os.path.isfile(os.path.join(folder, path)) for path in paths))
         found[split] = [image | {"file_name": path} for image, path in zip(images, paths)]
     if not found:
@@ -282,7 +282,10 @@ class Pictures(Dataset):
                 if file.mode[0] in "IF":
                     raise ValueError(f"mode {file.mode}, while 8 bits a channel are expected")
                 turned = ImageOps.exif_transpose(file)
-                annotated = file if self.coco.imgs[i]["size"] == str(file.size) != str(turned.size) else turned
+                size = self.coco.imgs[i]["size"]
+                if size not in ("(None, None)", "(0, 0)", str(file.size), str(turned.size)):
+                    raise ValueError(f"{file.size} pixels, annotated as {size}")
+                annotated = file if size == str(file.size) != str(turned.size) else turned
                 image = tv_tensors.Image(v2.functional.pil_to_tensor(annotated.convert("RGB")))
             inside = clip_boxes_to_image(target["boxes"], image.shape[1:])
             if (box_area(inside) < 0.9 * box_area(target["boxes"])).any():  # less is a matter of drawing
@@ -297,7 +300,7 @@ class Pictures(Dataset):
         target["labels"] = torch.tensor([box["category_id"] for box in boxes], dtype=torch.int64)
         if self.epoch is not None:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(((self.seed * 1_000_003 + self.epoch) * 1_000_003 + i) % 2**63)
+                torch.default_generator.manual_seed(((self.seed * 1_000_003 + self.epoch) * 1_000_003 + i) % 2**63)
                 image, target = self.augment(image, target)
         return torch.as_tensor(image), {key: torch.as_tensor(value) for key, value in target.items()}, i
 
@@ -761,8 +764,9 @@ if __name__ == "__main__":
         for name in ("strategy", "unfreeze_from", "optimizer"):
             if args.resume and name in new:
                 fail(f"--{name.replace('_', '-')} {new[name]}: {args.resume} goes on with {saved[name]}")
-        others = new.get("test_annotations") or new.get("val_annotations") or new.get("annotations")
-        exported = "data_dir" in new and glob.glob(f"{args.data_dir}/*/_annotations.coco.json")
+        exported = glob.glob(f"{args.data_dir}/*/_annotations.coco.json") if "data_dir" in new else []
+        others = [new.get(name) for name in ("test_annotations", "val_annotations", "annotations")]
+        others = next(filter(None, others), exported[0] if len(exported) == 1 else None)
         if args.predict or args.evaluate and (others or exported or "dataset" in new):  # other images than the run's
             args.annotations, args.val_annotations, args.test_annotations = None, None, others
             args.dataset, args.split_file = new.get("dataset"), new.get("split_file")

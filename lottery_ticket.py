@@ -676,6 +676,11 @@ if __name__ == "__main__":
 
     # TRY NOT TO MODIFY: the run's folder, which one process at a time may write, and its settings
     target = os.path.basename(os.path.abspath(args.dataset.removeprefix("folder:")))
+    drawn = split_rows and not split_rows[-1]["path"].startswith(f"test{os.sep}")
+    if drawn and source.get("dataset") == target and source["seed"] != args.seed:
+        fail(f"--seed {args.seed}: these tickets, of --seed {source['seed']}, were found on test images of this split")
+    if args.arch == "mlp" and built_for not in (None, args.image_size):
+        fail(f"--image-size {args.image_size}: the tickets of this mlp are for {built_for} pixels")
     arm = "dense" if args.control == "dense" else f"{source.get('dataset', 'own')}-{args.pruning}"
     variant = source.get("arm", "").removeprefix(f"own-{args.pruning}").strip("-")  # of the tickets' run
     arm += f"-of-{variant}" if variant else ""
@@ -722,6 +727,8 @@ if __name__ == "__main__":
     prunable_count, everything = (sum(p.numel() for p in group) for group in (weights.values(), network.parameters()))
     done = {row["round"] for row in state["rows"]}
     to_do = [r for r in (tickets or range(args.rounds)) if r < args.rounds and r not in done]
+    if not done and not to_do:
+        fail(f"--rounds {args.rounds}: the tickets are of rounds {', '.join(map(str, tickets))}")
     print(f"{run_dir}: {len(done)} rounds are done, {len(to_do)} to do, on {device}", flush=True)
     try:
         for rounds_to_come, r in zip(reversed(range(len(to_do))), to_do):

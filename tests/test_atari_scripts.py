@@ -670,9 +670,8 @@ def test_a_checkpoint_of_another_algorithm_initialises_the_trunks(script, of, so
 
 def test_where_v_shares_q_s_layers_they_come_from_q(source, tmp_path):
     path, checkpoint = source("dqv_atari")
-    _, copy = transferred(
-        "dqv_atari", tmp_path, "--pretrained", path, "--architecture", "hard", "--keep-head", *TOY[:2]
-    )
+    flags = ["--pretrained", path, "--architecture", "hard", "--keep-head", *TOY[:2]]
+    _, copy = transferred("dqv_atari", tmp_path, *flags)
     assert all(torch.equal(copy["q_network"][name], tensor) for name, tensor in checkpoint["q_network"].items())
 
 
@@ -848,9 +847,7 @@ def test_captured_and_eager_updates_agree_on_cuda(script, source, tmp_path, toy_
     env, results = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}, []
     for graphs in ("--cudagraphs", "--no-cudagraphs"):
         # random actions, so that rounding cannot change the data
-        same = ["--start-e", "1", "--end-e", "1", "--total-timesteps", "1900"] + [
-            flag for flag in flags if flag != "--resume"
-        ]
+        same = ["--start-e", "1", "--end-e", "1", "--total-timesteps", "1900", *(f for f in flags if f != "--resume")]
         same += ["--pretrained", str(source(script)[0])] if "--freeze-features" in flags else []
         command = [sys.executable, str(ROOT / f"{script}.py"), "--logdir", graphs[2:], graphs]
         subprocess.run([*command, *toy_flags, *same], cwd=tmp_path, env=env, check=True)

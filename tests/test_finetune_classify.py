@@ -367,6 +367,7 @@ def test_the_papers_optimizers():
     found = [(group["weight_decay"], {p.ndim > 1 for p in group["params"]}) for group in sgd.param_groups]
     assert found == [(0.5, {True}), (0.0, {False})]
     assert (sgd.defaults["lr"], sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (1e-3, 0.9, True)
+    assert not fc.make_optimizer(fc.Args(momentum=0), model).defaults["nesterov"]
     rms = fc.make_optimizer(fc.Args(strategy="off-the-shelf"), model)
     assert (rms.defaults["lr"], rms.defaults["alpha"], rms.defaults["eps"]) == (1e-3, 0.9, 1e-8)
 
@@ -414,6 +415,8 @@ def test_a_data_set_of_torchvision(folder, weights, tmp_path, monkeypatch):
     assert "90 train, 12 val, 18 test, class: 3 classes" in out
     out = run(SCRIPT, "--evaluate", only_run(tmp_path / "runs"), "--download", cwd=tmp_path).stdout
     assert "on 18 test images" in out
+    # a folder is no place for the data set of the run: neither is that downloaded into it, nor tested in its stead
+    assert "Dataset not found" in refused("--evaluate", only_run(tmp_path / "runs"), "--data-dir", folder, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("strategy", ["off-the-shelf", "fine-tune", "scratch"])
@@ -470,12 +473,15 @@ def start(cwd, *flags, **more):
     return subprocess.Popen(command, cwd=cwd, **more)
 
 
-def test_neither_workers_nor_the_cache_nor_a_signal_change_the_result(folder, tmp_path):
+def test_neither_workers_nor_a_signal_nor_broken_images_change_the_result(folder, tmp_path):
     """A run with workers, ended by SIGTERM to its process group as by a scheduler, then resumed; and one without."""
-    flags = f"--data-dir {folder} --weights none --arch mobilenet_v3_small --image-size 32 --patience 99"
+    data = shutil.copytree(folder, tmp_path / "data")
+    for i in range(1, 4):  # images that cannot be read, of which a resumed run does not know yet
+        (data / f"disc/{i:02d}.png").write_bytes(b"")
+    flags = f"--data-dir {data} --weights none --arch mobilenet_v3_small --image-size 32 --patience 99 --cache-gb 0"
     for name in ("killed", "straight"):
         (tmp_path / name).mkdir()
-    process = start(tmp_path / "killed", *flags.split(), "--epochs", 400, "--workers", 2, "--cache-gb", 0)
+    process = start(tmp_path / "killed", *flags.split(), "--epochs", 400, "--workers", 2)
     while "epoch 1:" not in process.stdout.readline():
         assert process.poll() is None
     time.sleep(0.5)

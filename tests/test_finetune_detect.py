@@ -131,12 +131,13 @@ def test_records_with_an_error_are_left_out_and_named(tmp_path, capsys):
     for name in ("a.png", "negative.png"):
         Image.new("RGB", (60, 40)).save(tmp_path / name)
     boxes, names = [[1, 1, 20, 20], [5, 5, 5.5, 20], [1, 1, 9, 9]], ["disc", "disc", "moon"]
-    train = write_coco(tmp_path / "a.json", [("a.png", boxes, names), ("b.png", [], []), ("negative.png", [], [])])
+    pictures = [("a.png", boxes, names), ("b.png", [], []), ("negative.png", [], []), (None, [], [])]
+    train = write_coco(tmp_path / "a.json", pictures)
     val = write_coco(tmp_path / "b.json", [("a.png", boxes[:1], names[:1])])
     found, _ = load(tmp_path, annotations=train, val_annotations=val)
     assert found == {"a.png": ("train", boxes[:1], names[:1], [0]), "negative.png": ("train", [], [], [])}
     out, gone = capsys.readouterr().out, f"there is no such image in {tmp_path}, or it is annotated twice"
-    lines = ["a.png: disc, box [5, 5, 0.5, 15]", "a.png: unknown class", "4 records"]
+    lines = ["a.png: disc, box [5, 5, 0.5, 15]", "a.png: unknown class", "5 records", f"None: {gone}"]
     for line in (*lines, f"a.png: {gone}", f"b.png: {gone}"):
         assert line in out
 
@@ -165,7 +166,10 @@ def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path, monkeypat
     names = ("good.jpg", "turned.jpg", "deep.png")  # boxes that go a little beyond, and of a picture before its turn
     data.coco.imgs = {i: {"file_name": name, "size": "(60, 40)"} for i, name in enumerate(names)}
     data.coco.imgToAnns = {i: [{"bbox": [1, -1, 58, 39], "iscrowd": 0, "category_id": 1}] for i in range(3)}
-    (one, target, _), (turned, again, _), (_, reason, _) = (data[i] for i in range(3))
+    data.coco.imgs[3] = {"file_name": "good.jpg", "size": "(30, 20)"}  # boxes of a smaller copy
+    data.coco.imgToAnns[3] = []
+    (one, target, _), (turned, again, _), (_, reason, _), (_, scaled, _) = (data[i] for i in range(4))
+    assert scaled == "ValueError: (60, 40) pixels, annotated as (30, 20)"
     assert one.shape == turned.shape == (3, 40, 60) and reason.startswith("ValueError: mode I;16")
     assert target["boxes"].tolist() == again["boxes"].tolist() == [[1, 0, 59, 38]]
 
@@ -229,7 +233,8 @@ def test_choice_of_classes_and_split(tmp_path):
     assert {name: row[0] for name, row in found.items()} == {"a": "val", "b": "train", "c": "train", "d": ""}
 
 
-def test_augmentation_moves_boxes_with_the_image_and_can_be_repeated(tmp_path):
+def test_augmentation_moves_boxes_with_the_image_and_can_be_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("the GPU's random numbers are training's"))
     image, boxes, names = canvas(np.random.default_rng(1), 1)
     image.save(tmp_path / "a.png")
     path = write_coco(tmp_path / "a.json", [("a.png", [*boxes, [0, 0, 96, 96]], [*names, names[0]])])
@@ -555,6 +560,12 @@ def test_evaluate_and_predict(trained, shapes, tmp_path):
         words = ["--evaluate", folder / "finetune_detect.pt", flag, shapes / "val.json"]
         out = script(*words, cwd=tmp_path).stdout
         assert f"on 8 test images: AP {dict(logged['val/AP'])[best]:.4f}" in out
+    shutil.copytree(shapes / "images", tmp_path / "other/train")  # an export that is not split: all is tested
+    shutil.copy(shapes / "val.json", tmp_path / "other/train/_annotations.coco.json")
+    proposals = {f"train/{name}": found for name, found in json.loads((shapes / "proposals.json").read_text()).items()}
+    (tmp_path / "p.json").write_text(json.dumps(proposals))
+    out = script("--evaluate", folder, "--data-dir", "other", "--proposals", "p.json", cwd=tmp_path).stdout
+    assert f"on 8 test images: AP {dict(logged['val/AP'])[best]:.4f}" in out
     (tmp_path / "new").mkdir()
     image, boxes, names = canvas(np.random.default_rng(5), 2)
     image.save(tmp_path / "new/one.png")

@@ -589,7 +589,7 @@ def test_all_tickets_of_a_source_on_a_target(source, target, tmp_path):
     assert rows_of(only_run(tmp_path / "alone")) == arms["dense"], "without a ticket at hand"
 
 
-def test_tickets_of_another_network_or_run_are_refused_and_variants_are_other_arms(source, target, tmp_path):
+def test_tickets_of_another_network_or_run_are_refused_and_variants_are_other_arms(source, folder, target, tmp_path):
     ticket, other = load(source / "round_02.pt"), tmp_path / "another/round_02.pt"
     other.parent.mkdir()
     train(target, *TRANSFER, "--tickets", source, "--rounds", 1, cwd=tmp_path)
@@ -601,6 +601,20 @@ def test_tickets_of_another_network_or_run_are_refused_and_variants_are_other_ar
         torch.save(ticket | {"meta": ticket["meta"] | {"arm": arm}}, other)
         done = train(target, *TRANSFER, *flags, "--tickets", other, cwd=tmp_path, check=False)
         assert done.returncode == bool(says) and says in done.stderr and done.stderr.count("\n") <= 1, done.stderr
+    mlp = ticket | {"meta": ticket["meta"] | {"arch": "mlp"}}
+    for data, content, flags, says in [
+        (
+            folder,
+            ticket,
+            ["--seed", 2],
+            "--seed 2: these tickets, of --seed 1, were found on test images of this split",
+        ),
+        (target, ticket, ["--rounds", 1], "--rounds 1: the tickets are of rounds 2"),
+        (target, mlp, ["--image-size", 8], "--image-size 8: the tickets of this mlp are for 16 pixels"),
+    ]:
+        torch.save(content, other)
+        done = train(data, *TRANSFER, *flags, "--tickets", other, "--logdir", "no", cwd=tmp_path, check=False)
+        assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
     name, arms = source.name.split("__")[0], {path.name.split("__")[3] for path in (tmp_path / "runs").iterdir()}
     assert arms == {f"{name}-global", f"{name}-global-of-lr-rewinding-0.5"}
 
