@@ -423,7 +423,7 @@ if __name__ == "__main__":
     about += "defaults of such small games). Flags of the run, the game, the algorithm, evaluation, transfer:"
     args = tyro.cli(Args, description=about)
     trusted = "catch_env", args.env_id.split(":")[0]  # modules that a checkpoint may name
-    checkpoint = load_checkpoint(args.resume or args.evaluate)
+    checkpoint = load_checkpoint(args.evaluate or args.resume)
     path, source = checkpoint.get("path"), {} if checkpoint else load_checkpoint(args.pretrained)
     saved = {name: value for name, value in checkpoint.get("args", {}).items() if name in vars(args)}
     defaults = {} if saved.get("env_id", args.env_id).startswith("ALE/") else SMALL_GAME
