@@ -566,7 +566,10 @@ def report(folders: list[str], out: str) -> None:
     os.makedirs(out, exist_ok=True)
     for target, arms in sorted(read_runs(folders).items()):
         arms = dict(sorted(arms.items(), key=lambda item: (item[0][:5] != "dense", item[0][:3] != "own", item[0])))
-        curves = {f"{arm}, n = {len(runs)}": curve for arm, (runs, curve) in arms.items()}
+        curves = {}
+        for arm, (runs, curve) in arms.items():
+            rounds = [r for r in sorted(curve) if len(curve[r]["sparsity"]) == len(runs)]  # that all seeds have
+            curves[f"{arm}, n = {len(runs)}"] = {r: curve[r] for r in rounds or fail(f"{arm}: no round of all seeds")}
         print(f"### {target}: test accuracy in %, mean ± half of the 95 % interval over seeds\n")
         rows = []
         for r in sorted(set().union(*curves.values())):
@@ -576,12 +579,10 @@ def report(folders: list[str], out: str) -> None:
         print_table(["round", "sparsity", *curves], rows)
         published = PUBLISHED.get(re.sub(r"[\s_]+", "-", target.lower()), "").split(", ")
         published, rows = dict(zip(["dense", "cifar10", "cifar100", "fashion-mnist", "own"], published)), []
-        for arm, (_, curve) in arms.items():
-            most = max(len(columns["sparsity"]) for columns in curve.values())
-            complete = [curve[r] for r in sorted(curve) if len(curve[r]["sparsity"]) == most]  # rounds of all seeds
+        for arm, curve in zip(arms, curves.values()):
             cells = []
             for name in ("val_accuracy", "test_accuracy"):
-                best = max(complete, key=lambda columns: np.mean(columns[name]))
+                best = max(curve.values(), key=lambda columns: np.mean(columns[name]))
                 cells.append(f"{shown(best['test_accuracy'])} ({np.mean(best['sparsity']):.3f})")
             source = re.fullmatch(r"(.+?)(-global|-channel)?( \(.+\))?", arm)[1]  # controls are not published
             rows.append([arm, *cells, published.get(source, "–")])
@@ -716,9 +717,10 @@ if __name__ == "__main__":
 
         wandb.init(name=os.path.basename(run_dir), config=settings, sync_tensorboard=True, save_code=True)
 
-    # ALGO LOGIC: the network. A control that begins at random must not begin with the source's own initial weights, and
-    # the last layer is the same in all arms.
-    generators = (random_stream(args.seed, purpose) for purpose in ("control" if tickets else "source", "head"))
+    # ALGO LOGIC: the network. What is new on a target, a control's weights and the last layer of all arms, must not be
+    # what the source began with.
+    purposes = ("control", "new head") if tickets else ("source", "head")
+    generators = (random_stream(args.seed, purpose) for purpose in purposes)
     network = make_network(args.arch, len(classes), settings["built_for"], *generators, device)
     if args.compile:
         network.compile()
