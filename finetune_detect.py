@@ -216,7 +216,7 @@ def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
             if path in images or not os.path.isfile(os.path.join(folder, path)):
                 wrong.append(f"{path}: there is no such image in {folder}, or it is annotated twice")
                 continue
-            size = f"({image.get('width')}, {image.get('height')})"
+            size = "({:g}, {:g})".format(*(float(image.get(side) or 0) for side in ("width", "height")))
             images[path] = {"id": i, "file_name": path, "split": split, "size": size}
             for box in image["boxes"]:
                 if not box["category"] or not min((box.get("bbox") or [0])[2:], default=0) > 1:
@@ -283,7 +283,7 @@ class Pictures(Dataset):
                     raise ValueError(f"mode {file.mode}, while 8 bits a channel are expected")
                 turned = ImageOps.exif_transpose(file)
                 size = self.coco.imgs[i]["size"]
-                if size not in ("(None, None)", "(0, 0)", str(file.size), str(turned.size)):
+                if size not in ("(0, 0)", str(file.size), str(turned.size)):
                     raise ValueError(f"{file.size} pixels, annotated as {size}")
                 annotated = file if size == str(file.size) != str(turned.size) else turned
                 image = tv_tensors.Image(v2.functional.pil_to_tensor(annotated.convert("RGB")))
@@ -294,7 +294,8 @@ class Pictures(Dataset):
         except Exception as error:  # noqa: BLE001 (Pillow's plugins raise whatever their formats make them)
             return None, f"{type(error).__name__}: {error}", i
         if self.proposals is not None:  # and the whole image
-            target["proposals"] = torch.tensor([*self.proposals.get(name, []), [0, 0, image.shape[2], image.shape[1]]])
+            proposals = [box[:4] for box in self.proposals.get(name, [])]  # some tools have a score behind
+            target["proposals"] = torch.tensor([*proposals, [0, 0, image.shape[2], image.shape[1]]])
         for key, corner in target.items():
             target[key] = tv_tensors.BoundingBoxes(corner.float(), format="XYXY", canvas_size=image.shape[1:])
         target["labels"] = torch.tensor([box["category_id"] for box in boxes], dtype=torch.int64)
@@ -609,19 +610,22 @@ def load_weights(args: Args, model: nn.Module) -> list[str]:
         if source not in entries:
             fail(f"--weights {source}: no file (Darknet's yolov3.weights) nor {', '.join([*entries, 'none'])}")
         try:
-            state = entries[source].get_state_dict(progress=False, check_hash=True)
+            state = models.get_model(args.backbone or args.arch, weights=source, progress=False).state_dict()
         except OSError as error:
             fail(f"--weights {source} cannot be downloaded: {error}")
     state = {name.removeprefix("trunk."): value for name, value in state.items()}  # of finetune_classify.py
     if not any(name.startswith(("backbone.", "head.")) for name in state):
         state = {f"backbone.body.{name.removeprefix('features.')}": value for name, value in state.items()
                  if not name.startswith(("fc.", "classifier.", "heads.", "AuxLogits."))}  # fmt: skip
-    own, state = model.state_dict(), {name: value for name, value in state.items() if not HEAD.search(name)}
-    wrong = [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
+    state = {name: value for name, value in state.items() if not HEAD.search(name)}
+    try:
+        missing, wrong = model.load_state_dict(state, strict=False)  # torchvision renames what older files have
+    except RuntimeError as error:  # of shapes, a line each
+        missing, wrong = [], str(error).splitlines()[1:]
     if wrong or not state:
         fail(f"{source} is of another architecture: {len(wrong)} of {len(state)} tensors do not fit, as {wrong[:1]}")
-    model.load_state_dict(state, strict=False)
-    return list(state)
+    # counts of batches are never missing
+    return [name for name in model.state_dict() if name.replace("num_batches_tracked", "weight") not in missing]
 
 
 def freeze(model: nn.Module, loaded: list[str], args: Args) -> list[nn.Module]:
@@ -636,12 +640,12 @@ def freeze(model: nn.Module, loaded: list[str], args: Args) -> list[nn.Module]:
     for name, module in model.named_modules():
         weight = f"{name}.weight"
         if isinstance(module, nn.BatchNorm2d):
-            if args.strategy == "scratch":
-                module.momentum = 0.1  # MobileNets' and Darknet's would average over more batches than there may be
             # Batches of a few images have no statistics worth having: torchvision freezes a trained backbone's too
-            elif weight in frozen or (name.startswith("backbone.") and weight in loaded):
+            if weight in frozen or (name.startswith("backbone.") and weight in loaded):
                 in_evaluation.append(module)
                 frozen |= {weight, f"{name}.bias"}
+            elif weight not in loaded:
+                module.momentum = 0.1  # MobileNets' and Darknet's would average over more batches than there may be
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     return in_evaluation
@@ -756,7 +760,7 @@ if __name__ == "__main__":
         base = os.path.dirname(checkpoint["path"])
         if not {"classes", "loaded", "last"} <= set(checkpoint):
             fail(f"{checkpoint['path']} is no checkpoint of this script")
-        own = set(vars(args)) - {"exp_name", "logdir", "resume", "evaluate", "predict"}
+        own = set(vars(args)) - {"exp_name", "logdir", "resume", "evaluate", "predict", "download"}
         saved = {name: value for name, value in checkpoint["args"].items() if name in own}
         saved |= {"split_file": f"{base}/split.csv"} if os.path.isfile(f"{base}/split.csv") else {}
         args = tyro.cli(Args, default=Args(**saved))
@@ -765,6 +769,10 @@ if __name__ == "__main__":
             if args.resume and name in new:
                 fail(f"--{name.replace('_', '-')} {new[name]}: {args.resume} goes on with {saved[name]}")
         exported = glob.glob(f"{args.data_dir}/*/_annotations.coco.json") if "data_dir" in new else []
+        if exported and os.path.isfile(saved.get("split_file") or ""):
+            with open(saved["split_file"], newline="", encoding="utf-8") as file:
+                paths = [os.path.join(args.data_dir, row["path"]) for row in csv.DictReader(file)]
+            exported = [] if all(map(os.path.isfile, paths)) else exported  # the run's own images, moved
         others = [new.get(name) for name in ("test_annotations", "val_annotations", "annotations")]
         others = next(filter(None, others), exported[0] if len(exported) == 1 else None)
         if args.predict or args.evaluate and (others or exported or "dataset" in new):  # other images than the run's
@@ -837,7 +845,7 @@ if __name__ == "__main__":
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.Adam(groups) if args.optimizer == "adam" else torch.optim.SGD(groups, momentum=0.9)
     count, total = (sum(p.numel() for p in parameters) for parameters in (trained, model.parameters()))
-    frozen = f"{len(in_evaluation):,} batch normalisations frozen{', momentum 0.1' * (args.strategy == 'scratch')}"
+    frozen = f"{len(in_evaluation):,} batch normalisations frozen"
     print(f"{args.arch}, {args.strategy}: {count:,} of {total:,} parameters are trained, {frozen}, on {device}")
 
     # TRY NOT TO MODIFY: the run's folder and logs

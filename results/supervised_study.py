@@ -43,7 +43,7 @@ for (data, arm), found in tests.items():
     print(f"| {data} | {arm} | {' | '.join(cells)} | {len(found[metrics[0]])} |")
 
 figure, panels = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False, layout="constrained")
-colours = {arm: f"C{k}" for k, arm in enumerate(sorted({arm for _, arm in tests}))}
+colours = {arm: f"C{k}" for k, arm in enumerate(sorted({arm for arms in curves.values() for arm in arms}))}
 for panel, (data, arms) in zip(panels[0], curves.items()):
     for arm, runs in arms.items():
         for i, run in enumerate(runs):
