@@ -21,9 +21,9 @@ the authors' code (paintception/upside_down_rl, experiment_2), the names those o
 | Catch-v4 | five balls in a row: a miss ends the episode with reward 0, the fifth catch with 1 | 0.001  | 0.880   |
 
 The last columns are exact mean rewards an episode. The best play misses balls because the paddle moves by two cells:
-half of the starts never reach one of the border columns. An episode starts with the paddle's centre uniform in 2..18,
-the ball in row 4, its column and its sideways speed (-2..2) uniform; one step passes at once. It terminates when the
-ball reaches the paddle, after 11 decisions (10 on v1); on v4 a caught ball is replaced, the paddle stays. The step that
+which border columns it can reach depends on the start. An episode starts with the paddle's centre uniform in 2..18, the
+ball in row 4, its column and its sideways speed (-2..2) uniform; one step passes at once. It terminates when the ball
+reaches the paddle, after 11 decisions (10 on v1); on v4 a caught ball is replaced, the paddle stays. The step that
 catches the last ball has reward 1, all others 0. Actions: 0 left, 1 right (two cells, within the walls), 2 stay.
 Observations: uint8 `(4, 84, 84)`, the last four frames, oldest first, black before the first; background 0, ball and
 paddle 255; on v2 background 102 to 255, ball and paddle 51, trail 0. `info` counts the balls `caught`, of `balls`.

@@ -19,6 +19,7 @@ import struct
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import IO, Literal
@@ -374,13 +375,15 @@ def plan(args: Args) -> None:
         sys.exit(f"--env-ids names the games, --targets some of these: {' '.join(set(args.targets) - set(games))}")
     runs = [run for run in read_runs(args.logdir, [args.metric]) if run.checkpoint.is_file()]
     usual = {"double": "True", "dueling": "False", "architecture": "separate", "terminal": "True"}
+    usual |= {"keep_head": "False", "head_fraction": "0.0"}
     usual["algorithm"] = ALGORITHMS.get(Path(args.script).name, args.script)
+    clean = partial(re.sub, r", head kept|, \S+ of the head", "")  # of a mode, what flags say
 
     def find(flags: str, *identity: str | int) -> list[Run]:
         """Runs with these flags, of the algorithm proper where they say nothing else; the newest complete one last."""
         given = re.findall(r"--(no-)?([\w-]+)(?:[ =]+(?!--)(\S+))?", flags)
         wanted = usual | {name.replace("-", "_"): value or str(not off) for off, name, value in given}
-        same = [run for run in runs if (run.mode, run.source, run.target, run.seed) == identity]
+        same = [run for run in runs if (clean(run.mode), run.source, run.target, run.seed) == identity]
         same = [run for run in same if all(number(run.flags.get(k, v)) == number(v) for k, v in wanted.items())]
         return sorted(same, key=lambda run: not run.lacks(args.metric))
 
@@ -403,7 +406,7 @@ def plan(args: Args) -> None:
         if not mine:
             commands.append(command + ["--freeze-features"] * (mode == "only-head") + shlex.split(args.args))
         elif mine[-1].lacks(args.metric):
-            commands.append(["python", args.script, "--resume", str(mine[-1].checkpoint)])
+            commands.append(["python", args.script, "--resume", str(mine[-1].checkpoint), "--env-id", env_id])
     if missing:
         sys.exit(f"--logdir {args.logdir} lacks complete runs: {'; '.join(dict.fromkeys(missing))}")
     if names := differences(taken):

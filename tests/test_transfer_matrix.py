@@ -289,12 +289,21 @@ def test_a_plan_needs_the_stage_before_leaves_out_what_is_complete_and_resumes_t
     write(tmp_path / "runs", GAME, [0, 100], [1, 1], **dqv)
     assert commands("source") == first[1:]
     write(tmp_path / "runs", OTHER, [0, 50], [1, 1], **dqv)
-    assert commands("source") == [first[1], "python dqv_atari.py --resume runs/0001/dqv_atari.pt", first[3]]
+    assert commands("source") == [
+        first[1],
+        f"python dqv_atari.py --resume runs/0001/dqv_atari.pt --env-id {OTHER}",
+        first[3],
+    ]
     for env_id, seed in ((GAME, 2), (OTHER, 1), (OTHER, 2)):
         write(tmp_path / "runs", env_id, [0, 100], [1, 1], seed, **dqv)
     assert commands("source") == []
     runs = [(GAME, 1, "0003"), (GAME, 2, "0004"), (OTHER, 1, "0000"), (OTHER, 2, "0002")]
     assert commands("transfer") == [start(*run, f"--pretrained runs/{name}/dqv_atari.pt ") for *run, name in runs]
+    write(tmp_path / "runs", GAME, [0, 50], [1, 1], source=OTHER, pretrained="runs/0003", head_fraction=0.2, **dqv)
+    flags = ["--args=--head-fraction 0.2 --total-timesteps 100", "--source-args=--total-timesteps 100"]
+    lines = planned(tmp_path, "transfer", *flags, script="dqv_atari.py")
+    assert len(lines) == 2 and lines[0].startswith("python dqv_atari.py --resume runs/0005/")
+    assert len(commands("transfer")) == 4
 
 
 def test_a_plan_tells_other_flags_apart(tmp_path):

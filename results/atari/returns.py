@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from transfer_matrix import read_run  # noqa: E402
+from transfer_matrix import read_runs  # noqa: E402
 
 COLOURS = {"DDQN": "C0", "DQN": "C1", "DQV": "C2", "DQV-Max": "C3"}  # as transfer_matrix.py has them
 TAG = "eval/episodic_return"
@@ -30,8 +30,9 @@ for path in paths:
             for row in csv.DictReader(file):
                 curves[row["algorithm"], row["seed"]].append((float(row["step"]), float(row["eval_return"])))
     else:
-        run = read_run(path, [TAG])
-        curves[run.algorithm, run.seed] = run.curves[TAG]
+        for run in read_runs(path, [TAG]):
+            if run.mode == "scratch" and not run.lacks(TAG):
+                curves[run.algorithm, run.seed] = run.curves[TAG]
 figure = Figure(figsize=(10, 4), layout="constrained")
 ours, theirs = figure.subplots(1, 2, sharey=True)
 for (algorithm, seed), points in curves.items():

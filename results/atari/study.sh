@@ -25,7 +25,7 @@ stage() {  # STAGE ...: of all algorithms
   left=$((LIMIT - (SECONDS - begun)))
   [ $left -gt 0 ] || { echo "time is up before --stage $1; the same command goes on"; exit 1; }
   [ -s "$LOGDIR/$1.txt" ] || return 0
-  timeout $left xargs -d '\n' -P "$PARALLEL" -I{} sh -c '{}' < "$LOGDIR/$1.txt" \
+  tr '\n' '\0' < "$LOGDIR/$1.txt" | timeout $left xargs -0 -n 1 -P "$PARALLEL" sh -c \
     || { echo "--stage $1 was stopped; the same command goes on"; exit 1; }
 }
 mkdir -p "$LOGDIR" "$OUT"
@@ -38,10 +38,8 @@ for format in markdown csv; do
 done
 python transfer_matrix.py scores --logdir "$LOGDIR" > "$OUT/scores.markdown" \
   && python transfer_matrix.py plot --logdir "$LOGDIR" --out "$OUT" || exit 1
-for game in $GAMES; do  # from scratch: the earliest run of each algorithm and seed; beside the author's own curves
+for game in $GAMES; do  # from scratch, beside the author's own curves
   author="results/atari/author/$(echo "$game" | tr '[:upper:]' '[:lower:]')_results.txt"
-  for name in dqn_atari ddqn_atari dqv_atari dqv_max_atari; do
-    for seed in $SEEDS; do ls -d "$LOGDIR/ALE-$game-v5__${name}__${seed}__"* | head -n 1; done
-  done | xargs -d '\n' python results/atari/returns.py "$OUT/$game.png" "$author"
+  python results/atari/returns.py "$OUT/$game.png" "$author" "$LOGDIR/ALE-$game-v5__"*
 done || exit 1
 echo "$((SECONDS - begun)) seconds in this call, $(ls "$LOGDIR"/*/*.pt | wc -l) runs in $LOGDIR"

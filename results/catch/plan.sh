@@ -5,7 +5,7 @@
 # folder with the scripts and catch_env.py:
 #
 #   bash plan.sh ddqn_atari.py dqn_atari "--no-double --bf16" source "1 2 3" 0 1 3 > jobs.txt
-#   OMP_NUM_THREADS=1 xargs -d '\n' -P 2 -I{} sh -c '{}' < jobs.txt
+#   tr '\n' '\0' < jobs.txt | OMP_NUM_THREADS=1 xargs -0 -n 1 -P 2 sh -c
 #
 # and the same with the stages transfer, self-transfer, hybrid, and for Catch-v4 with `source` and `transfer` on game 4.
 # With Catch-v2: GAMES="0 1 2 3" bash plan.sh ... 0 1 2 3. DDQN: ddqn_atari.py ddqn_atari ""; DQV: dqv_atari.py dqv_atari ""
