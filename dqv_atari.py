@@ -303,7 +303,7 @@ def evaluate(args: Args, envs, q_network: nn.Module, look: Callable, seed: int, 
     """Play one full game in each of `envs` and return the scalars to log, means over games or over visited states.
 
     `look` takes stacks and returns greedy actions and named values, all `(N,)`. `discounted_return` is what followed,
-    rewards clipped, up to the game's end or a life's, if that is terminal. `dead_units` is the share of hidden units and
+    rewards clipped, up to the end of the game (or life, if terminal). `dead_units` is the share of hidden units and
     channels of the last convolution that never fire (Sokar et al., 2023); of the hidden layer, `feature_norm` is the
     mean L2 norm, `feature_rank` the number of singular values that make up 99 % of their sum (Kumar et al., 2021).
     """
