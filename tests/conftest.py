@@ -18,10 +18,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # of the processes that tests start
 gym.logger.min_level = gym.logger.WARN
 torch.set_num_threads(1)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have what the tests start ignore it
 ON_CUDA = "_atari.py", "_classify.py", "_detect.py", "_ticket.py"  # scripts with the flag --no-cuda
+TOY_FLAGS = """--env-id toy_env:Toy-v0 --num-envs 4 --buffer-size 2000 --learning-starts 200 --train-frequency 8
+    --total-timesteps 1200 --target-network-frequency 350 --eval-frequency 500 --eval-episodes 8 --narrow 4
+    --checkpoint-frequency 500 --learning-rate 1e-3""".split()  # of a run of a few seconds on the game of `toy_env.py`
 
 
 def run(script, *args, cwd, check=True):
@@ -51,6 +55,20 @@ def run(script, *args, cwd, check=True):
     return done
 
 
+def refused(script, *args, cwd):
+    """The one line with which the script ends, where it is asked for what it cannot do."""
+    done = run(script, *args, cwd=cwd, check=False)
+    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0, done.stderr
+    return done.stderr
+
+
+def start(script, *args, cwd, before=(), **options):
+    """A process with the script, without a GPU, that leads a group of its own; all that it prints is its stdout."""
+    command = [*before, sys.executable, str(ROOT / script), *map(str, args), "--no-cuda"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=cwd, start_new_session=True, **pipes, **options)
+
+
 def scalars(run_dir, leave_out=("charts/SPS",)):
     """{tag: [(step, value), ...]} of the event files in `run_dir`, without the tags that measure time."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
@@ -63,11 +81,3 @@ def only_run(logdir):
     """The one run folder below `logdir`."""
     (folder,) = Path(logdir).iterdir()
     return folder
-
-
-@pytest.fixture(scope="session")
-def toy_flags():
-    """Flags of a run of a few seconds on the toy game of `toy_env.py`."""
-    flags = "--env-id toy_env:Toy-v0 --num-envs 4 --buffer-size 2000 --learning-starts 200 --train-frequency 8"
-    flags += " --total-timesteps 1200 --target-network-frequency 350 --eval-frequency 500 --eval-episodes 8"
-    return (flags + " --checkpoint-frequency 500 --narrow 4 --learning-rate 1e-3").split()

@@ -38,7 +38,6 @@ def yolov3_cfg():
             layers += [("route", -4), ("conv", filters, 1, 1, True), ("upsample",), ("route", -1, joined)]
         layers += [("conv", filters, 1, 1, True), ("conv", 2 * filters, 3, 1, True)] * 3
         layers += [("conv", 255, 1, 1, False), ("yolo",)]
-    assert len(layers) == 107
     return layers
 
 
@@ -91,7 +90,6 @@ def test_files_of_darknet(model, darknet, tmp_path, monkeypatch):
     files, x, wanted, wanted_74 = darknet
     assert os.path.getsize(files / "darknet53.conv.74") == 162_482_580
     assert os.path.getsize(files / "yolov3.weights") == 248_007_048
-    assert sum(isinstance(m, torch.nn.Conv2d) for m in model.backbone.modules()) == 52
     coco = YOLOv3(81, size=SIZE).eval()
     outputs = reversed(coco.outputs)  # in the place of the layers in which the file's are forgotten
     with monkeypatch.context() as patch:
