@@ -177,8 +177,9 @@ class QNetwork(nn.Module):
         x = x.to(torch.bfloat16 if self.bf16 else torch.float32) / 255.0
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             features = self.network[:7](x)
-            q = self.network[7:](features).float()
-            return q if self.value is None else self.value(features).float() + q - q.mean(dim=1, keepdim=True)
+            hidden = [stream[:-1](features) for stream in (self.network[7:], self.value) if stream is not None]
+        q = self.network[-1](hidden[0].float())  # rounded to bfloat16, a tenth of the best actions would be ties
+        return q if self.value is None else self.value[-1](hidden[1].float()) + q - q.mean(dim=1, keepdim=True)
 
 
 def learn(batch, gamma: float, q_network, target_network, optimizer, double: bool) -> torch.Tensor:
@@ -497,7 +498,7 @@ if __name__ == "__main__":
     while not path and os.path.exists(run_dir):
         run_dir += "-2"  # two runs that start in the same second
     checkpoint_path, global_step = path or f"{run_dir}/{args.exp_name}.pt", checkpoint.get("global_step", 0)
-    rb = Replay(args.buffer_size, args.num_envs, device)
+    rb = Replay(min(args.buffer_size, 2 * args.total_timesteps), args.num_envs, device)
     if args.track:
         import wandb
 

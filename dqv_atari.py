@@ -174,7 +174,8 @@ class QNetwork(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(torch.bfloat16 if self.bf16 else torch.float32) / 255.0
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.network(x).float()
+            x = self.network[:-1](x)
+        return self.network[-1](x.float())  # rounded to bfloat16, a tenth of the best actions would be ties
 
 
 def make_networks(args: Args, num_actions: int) -> tuple[QNetwork, QNetwork]:
@@ -512,7 +513,7 @@ if __name__ == "__main__":
     while not path and os.path.exists(run_dir):
         run_dir += "-2"  # two runs that start in the same second
     checkpoint_path, global_step = path or f"{run_dir}/{args.exp_name}.pt", checkpoint.get("global_step", 0)
-    rb = Replay(args.buffer_size, args.num_envs, device)
+    rb = Replay(min(args.buffer_size, 2 * args.total_timesteps), args.num_envs, device)
     if args.track:
         import wandb
 

@@ -2,7 +2,7 @@
 # art (or any other classes) off-the-shelf, by fine-tuning, or from scratch, as in "Deep Transfer Learning for Art
 # Classification Problems" (Sabatelli et al., 2018) and "Contributions to Deep Transfer Learning" (2022, chapter 4).
 #
-#   python finetune_classify.py --dataset Flowers102 --download --strategy off-the-shelf      needs no data of yours
+#   python finetune_classify.py --dataset DTD --download --strategy off-the-shelf             needs no data of yours
 #   python finetune_classify.py --data-dir DIR --arch resnet50 --strategy fine-tune           a folder per class
 #   python finetune_classify.py --evaluate runs/NAME --predict DIR                            classify other images
 #
@@ -20,7 +20,7 @@ import re
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
@@ -171,7 +171,7 @@ def read_torchvision(args: Args) -> tuple[list[dict], dict[str, Dataset]]:
     try:
         make, rows = getattr(datasets, args.dataset), []
         parts = {split: make(args.data_dir or "data", split=split, download=args.download) for split in SPLITS}
-    except (AttributeError, TypeError, ValueError, RuntimeError, OSError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError, OSError, ImportError) as error:
         fail(f"--dataset {args.dataset} with split={'|'.join(SPLITS)}: {error}")
     for split, part in parts.items():
         labels = part._labels if hasattr(part, "_labels") else [part[i][1] for i in range(len(part))]
@@ -256,14 +256,18 @@ def make_trunk(arch: str, weights: str, image_size: int | None, random=False) ->
     """A network without its last layer, the number of its features, and the preprocessing that goes with `weights`."""
     names, extra, random = [], {}, random or weights == "none"
     if arch.startswith("timm:") or arch == "xception":
-        import timm  # pip install timm
-
         name, theirs = arch.removeprefix("timm:"), weights == Args.weights and not random
-        trunk = timm.create_model("legacy_xception" if name == "xception" else name, pretrained=theirs, num_classes=0)
+        name = "legacy_xception" if name == "xception" else name
+        try:
+            import timm  # pip install timm
+
+            trunk = timm.create_model(name, pretrained=theirs, num_classes=0)
+        except (ImportError, RuntimeError, OSError) as error:
+            fail(f"--arch {arch}: {error}")
         config = timm.data.resolve_model_data_config(trunk)
         features = getattr(trunk, "head_hidden_size", None) or trunk.num_features
         size = image_size or config["input_size"][-1]
-        preprocessing = {"size": size, "resize": round(size / config["crop_pct"]), "mean": list(config["mean"])}
+        preprocessing = {"size": size, "resize": int(size / config["crop_pct"]), "mean": list(config["mean"])}
         preprocessing |= {"std": list(config["std"]), "interpolation": config["interpolation"]}
         random = random or theirs  # nothing more to load
     else:
@@ -307,10 +311,14 @@ def make_trunk(arch: str, weights: str, image_size: int | None, random=False) ->
     state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name): v for name, v in state.items()}
     if arch.startswith("vit") and "encoder.pos_embedding" in state:
         state = models.vision_transformer.interpolate_embeddings(trunk.image_size, trunk.patch_size, state)
-    needed = {name: v.shape for name, v in trunk.state_dict().items() if not name.endswith("num_batches_tracked")}
-    if wrong := [name for name, shape in needed.items() if getattr(state.get(name), "shape", None) != shape]:
-        fail(f"--weights {weights} is of another architecture: {len(wrong):,} tensors, as {wrong[0]}")
-    trunk.load_state_dict(state, strict=False)
+    state = OrderedDict(state)
+    state._metadata = {"": {"version": 2}}  # MNASNets ask for it; parts without one rename what older files have
+    try:
+        wrong = trunk.load_state_dict(state, strict=False).missing_keys
+    except RuntimeError as error:  # of shapes, a line each
+        wrong = str(error).splitlines()[1:]
+    if wrong:
+        fail(f"--weights {weights} is of another architecture: {len(wrong):,} tensors, as {wrong[0].strip()}")
     return trunk, features, preprocessing
 
 
@@ -479,19 +487,22 @@ def saliency_maps(model: Classifier, images: torch.Tensor) -> tuple[torch.Tensor
     """
     kinds = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU)
     if not any(isinstance(module, kinds) for module in model.trunk.modules()):
-        kinds = (nn.Conv2d,)  # rectified by functions: Inception, DenseNet
+        normed = any(isinstance(module, nn.BatchNorm2d) for module in model.trunk.modules())
+        kinds = (nn.BatchNorm2d if normed else nn.Conv2d,)  # rectified by functions: Inception, GoogLeNet
     last, rectified = [], defaultdict(list)
 
     def keep(module: nn.Module, _, output) -> None:
-        if torch.is_tensor(output) and output.ndim == 4 and min(output.shape[1:3]) > 1:
+        # maps depend on the image (Swin V2 also has tables of positions) and are square (MaxViT also has windows)
+        if torch.is_tensor(output) and output.ndim == 4 and output.requires_grad and min(output.shape[1:3]) > 1:
             # images are square; maps that are not have their channels last (ConvNeXt, Swin)
             order = (0, 1, 2, 3) if output.shape[2] == output.shape[3] else (0, 3, 1, 2)
             last[:] = [output, order]
-            if isinstance(module, kinds):
+            if isinstance(module, kinds) and output.shape[order[2]] == output.shape[order[3]]:
                 values = output.detach().permute(order).float().relu().mean(dim=1, keepdim=True)
                 rectified[values.shape[-1]].append(spread(values))
 
     hook = nn.modules.module.register_module_forward_hook(keep)
+    model.requires_grad_(False)
     features = model.features(images.float().requires_grad_())
     hook.remove()
     score = model.heads[0](features).max(dim=1).values if len(model.heads) else features.norm(dim=1)
@@ -529,7 +540,7 @@ def draw_saliency(networks: dict[str, Classifier], images: torch.Tensor, labels:
 if __name__ == "__main__":
     # TRY NOT TO MODIFY: flags, with those of the run that --resume and --evaluate name unless given anew
     about = "Train an image classifier off-the-shelf, by fine-tuning or from scratch, then test it once. A first run: "
-    about += "python finetune_classify.py --dataset Flowers102 --download --strategy off-the-shelf"
+    about += "python finetune_classify.py --dataset DTD --download --strategy off-the-shelf"
     args, checkpoint = tyro.cli(Args, description=about), {}
     if args.evaluate or args.resume:
         checkpoint = load_file(args.evaluate or args.resume, *CHECKPOINT)
@@ -572,7 +583,8 @@ if __name__ == "__main__":
         rows = read_table(args) if args.metadata else read_folders(folder)
     if checkpoint and not args.predict and not args.split_file and os.path.isfile(f"{beside}/split.csv"):
         own_images = {row["path"] for row in read_csv(f"{beside}/split.csv", ["path"])}
-        if args.resume or not moved or own_images <= {row["path"] for row in rows}:  # the run's images, if they moved
+        here = {row["path"] for row in rows}  # mostly the run's images, if they moved or the table is shorter
+        if args.resume or not moved or 2 * len(own_images & here) > min(len(own_images), len(here)):
             args.split_file = f"{beside}/split.csv"
     if args.evaluate and not args.split_file and "test" not in {row["split"] for row in rows}:
         rows = [row | {"split": "test"} for row in rows]
@@ -602,6 +614,9 @@ if __name__ == "__main__":
         model = Classifier(*trunk, classes)
     model = model.to(device, memory_format=torch.channels_last)
     model.bfloat16 = args.amp and on_cuda
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1  # small data would never reach the statistics of some that have 0.01 or less
     if frozen or args.unfreeze_from:
         model.freeze(args.unfreeze_from)
     pictures = Pictures(source, [row["path"] for row in rows], model.preprocessing)

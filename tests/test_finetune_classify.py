@@ -272,6 +272,8 @@ def test_visual_back_prop_finds_the_only_thing_there_is(channels_last):
             self.act = nn.GELU()
 
         def forward(self, x):
+            self.act(torch.ones(1, 3, 5, 5))  # a table of positions, as in Swin V2, and windows, as in MaxViT
+            self.act(x.reshape(len(x), 4, -1, 3))
             return self.act(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     trunk = nn.Sequential()
@@ -466,7 +468,8 @@ def test_neither_workers_nor_a_signal_nor_broken_images_change_the_result(folder
     assert out.count("Traceback") == out.count("Exception ignored in"), out  # torch's, of workers that were killed
     epochs = torch.load(killed / "finetune_classify.pt")["epoch"] + 1
     run(SCRIPT, "--resume", killed, "--epochs", epochs, "--workers", 0, cwd=tmp_path)
-    run(SCRIPT, *flags.split(), "--epochs", epochs, "--workers", 0, cwd=tmp_path / "straight")
+    done = run(SCRIPT, *flags.split(), "--epochs", epochs, "--workers", 0, cwd=tmp_path / "straight")
+    assert {getattr(module, "momentum", 0.1) for module in done.variables["model"].modules()} == {0.1}  # it has 0.01
     straight = only_run(tmp_path / "straight/runs")
     one, two = (torch.load(path / "finetune_classify.pt")["last"] for path in (killed, straight))
     assert all(torch.equal(one[name], tensor) for name, tensor in two.items())  # with dropout
@@ -489,7 +492,9 @@ def test_evaluate_predict_and_saliency(trained, folder, tmp_path):
     assert "on 12 test images: test/loss" in out and f"test/top1 {top1:.4f}" in out
     with Image.open(path / "saliency.png") as image:
         assert np.asarray(image.convert("L")).std() > 20
-    shutil.copytree(folder, tmp_path / "moved")
+    shutil.copytree(folder, tmp_path / "moved")  # and one image lost
+    lost = next(row["path"] for row in fc.read_csv(f"{path}/split.csv", []) if row["split"] == "train")
+    (tmp_path / "moved" / lost).unlink()
     moved = run(SCRIPT, "--evaluate", path, "--data-dir", tmp_path / "moved", cwd=folder).stdout
     assert "on 12 test images: test/loss" in moved and f"test/top1 {top1:.4f}" in moved
     refused(SCRIPT, "--evaluate", path, "--label-column", "shape", "--metadata", "x.csv", cwd=folder)
@@ -528,3 +533,13 @@ def test_a_chain_to_several_tasks(trained, folder, tmp_path):
     assert all(torch.equal(chained["model"][name], source["model"][name]) for name in trunk)
     names = {f"test/{task}/{name}" for task in ("shape", "round") for name in ("top1", "top5", "macro_f1")}
     assert names <= set(scalars(run_dir)) and (run_dir / "confusion_round.png").exists()
+
+
+@pytest.mark.parametrize("arch", ["vit_b_16", "mnasnet0_5"])
+def test_published_files_have_older_names(arch, tmp_path):
+    torch.manual_seed(0)
+    state = models.get_model(arch, weights=None).state_dict()
+    older = {re.sub(r"mlp\.0\.", "mlp.linear_1.", re.sub(r"mlp\.3\.", "mlp.linear_2.", n)): v for n, v in state.items()}
+    torch.save(older, tmp_path / "older.pth")
+    trunk = fc.make_trunk(arch, str(tmp_path / "older.pth"), None)[0].state_dict()
+    assert len(trunk) > 100 and all(torch.equal(tensor, state[name]) for name, tensor in trunk.items())
