@@ -136,7 +136,7 @@ def test_readme_s_commands_for_games_run_in_order(tmp_path):
             printed[script, words[0]] = out = run(script, *words, cwd=tmp_path).stdout
             for _, job, *flags in map(shlex.split, out.splitlines() if stage else ()):  # what xargs would run
                 run(job, *flags, cwd=tmp_path)
-    assert len(list(tmp_path.glob("runs/*/*.pt"))) == 5 and len(list(tmp_path.glob("study/*/*.pt"))) == 3 + 6 + 6
+    assert len(list(tmp_path.glob("runs/*/*.pt"))) == 5 and len(list(tmp_path.glob("study/*/*.pt"))) == 2 + 2 + 4
     assert "Catch-v3" in printed["transfer_matrix.py", "table"]
     assert len(list(tmp_path.glob("pictures/*.png"))) >= 5 and list(tmp_path.glob("results/*.png"))
 
