@@ -613,7 +613,7 @@ if __name__ == "__main__":
         trunk = make_trunk(args.arch, args.weights, args.image_size, random=args.strategy == "scratch")
         model = Classifier(*trunk, classes)
     model = model.to(device, memory_format=torch.channels_last)
-    model.bfloat16 = args.amp and on_cuda
+    model.bfloat16 = args.amp and on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.1  # small data would never reach the statistics of some that have 0.01 or less
@@ -629,7 +629,8 @@ if __name__ == "__main__":
         if table is not None:
             loader = ((table[chosen], chosen, ()) for chosen in order.to(device).split(args.batch_size))
         else:  # with a generator of its own: the number of workers changes no other random draw
-            options = {"num_workers": min(workers, len(order)), "pin_memory": on_cuda, "generator": torch.Generator()}
+            options = {"num_workers": min(workers, -(-len(order) // args.batch_size)), "generator": torch.Generator()}
+            options["pin_memory"] = on_cuda
             loader = DataLoader(pictures, args.batch_size, sampler=order.tolist(), **options)
         for inputs, chosen, errors in loader:
             if stops:

@@ -314,7 +314,8 @@ def read_batches(args: Args, data: Pictures, ids: list[int], device: torch.devic
         ids = [ids[i] for i in order.tolist()]
     # a generator of its own: else every pass would draw from the one that dropout and the R-CNNs draw from
     workers = args.workers if args.workers is not None else CORES if device.type == "cuda" else min(CORES, 4)
-    loader = DataLoader(data, args.batch_size, sampler=ids, num_workers=min(workers, len(ids)), collate_fn=list,
+    workers = min(workers, -(-len(ids) // args.batch_size))
+    loader = DataLoader(data, args.batch_size, sampler=ids, num_workers=workers, collate_fn=list,
                         pin_memory=device.type == "cuda", generator=torch.Generator())  # fmt: skip
     for items in loader:
         if STOPS:
@@ -838,7 +839,7 @@ if __name__ == "__main__":
     if not ids["train"] or not any(coco.imgToAnns[i] for i in ids["val"]):
         fail("there are no images for training, or no boxes in those for validation")
     in_evaluation = freeze(model, loaded, args)
-    if args.amp and device.type == "cuda":
+    if args.amp and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         autocast_backbone(model, device.type)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},

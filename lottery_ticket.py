@@ -376,16 +376,15 @@ def learn(network: nn.Module, optimizer, sparse: tuple[list, list] | None, image
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, split: Images, amp: bool) -> torch.Tensor:
+def evaluate(network: nn.Module, split: Images) -> torch.Tensor:
     """Loss and accuracy on a split: float64 `(2,)` on the device."""
     network.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
     for in_order in torch.arange(len(split.labels), device=split.labels.device).split(256):
         images, labels = split.batch(slice(None), in_order)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp and images.is_cuda):
-            logits = network(images)
+        logits = network(images)
         right = (logits.argmax(dim=1) == labels).sum()
-        totals += torch.stack([F.cross_entropy(logits.float(), labels, reduction="sum"), right]).double()
+        totals += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), right]).double()
     return totals / len(split.labels)
 
 
@@ -439,7 +438,7 @@ def train_round(
                 print(f"round {r} epoch {epoch + 1}/{args.epochs} {(batch + 1) / per_epoch:.0%}  loss {loss:.4f}  "
                       f"{speed * args.batch_size:,.0f} images/s  ETA of the run {eta} at most", flush=True)  # fmt: skip
         entry = {"round": r, "epoch": epoch + 1, "train_loss": float(loss_sum) / seen, "learning_rate": rate}
-        entry["val_loss"], entry["val_accuracy"] = evaluate(network, images["val"], args.amp).tolist()
+        entry["val_loss"], entry["val_accuracy"] = evaluate(network, images["val"]).tolist()
         if not math.isfinite(entry["train_loss"] + entry["val_loss"]):
             fail(f"the loss is not finite in round {r}, epoch {epoch + 1}: try a lower --learning-rate")
         log_epoch(writer, entry)
@@ -654,6 +653,7 @@ if __name__ == "__main__":
 
     # TRY NOT TO MODIFY: device, and signals that end the run as Ctrl-C does unless nohup ignores them
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    args.amp = args.amp and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("high")
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -754,7 +754,7 @@ if __name__ == "__main__":
             # The test images, once, with the weights of the lowest validation loss (without --patience the last)
             best = end["best"]
             network.load_state_dict(best["network"])
-            _, test_accuracy = evaluate(network, images["test"], args.amp).tolist()
+            _, test_accuracy = evaluate(network, images["test"]).tolist()
             start, trained = ({k: v.cpu() for k, v in part.items()} for part in (end["start"], best["network"]))
             assert all((trained[name][~mask] == 0).all() for name, mask in masks.items()), "pruned weights moved"
             remaining = sum(int(mask.sum()) for mask in masks.values())

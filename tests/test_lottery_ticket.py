@@ -313,7 +313,7 @@ def test_a_round_on_fake_cuda(arch, monkeypatch):
         images, labels = split.batch(slice(0, 8), *split.plan_epoch(1, 0))
         assert images.device.type == labels.device.type == "cuda" and images.shape == (8, 3, 16, 16)
         loss = lt.learn(network, optimizer, sparse, images, labels, False)
-        assert loss.device.type == "cuda" and lt.evaluate(network, plain, False).device.type == "cuda"
+        assert loss.device.type == "cuda" and lt.evaluate(network, plain).device.type == "cuda"
         assert {state["momentum_buffer"].device.type for state in optimizer.state.values()} == {"cuda"}
 
 
