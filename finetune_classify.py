@@ -548,7 +548,7 @@ if __name__ == "__main__":
         own = set(vars(args)) - {"exp_name", "logdir", "resume", "evaluate", "predict", "split_file", "download"}
         saved = {name: value for name, value in checkpoint["args"].items() if name in own}
         args = tyro.cli(Args, default=Args(**saved))
-        moved = any(getattr(args, name) != saved[name] for name in ("data_dir", "dataset", "metadata"))
+        moved = any(getattr(args, name) != saved[name] for name in ("data_dir", "dataset"))
         for name in ("strategy", "unfreeze_from", "optimizer") if args.resume else ():
             if getattr(args, name) != saved[name]:
                 fail(f"--{name.replace('_', '-')} {getattr(args, name)}: the run has {saved[name]} (None: the default)")
@@ -583,8 +583,8 @@ if __name__ == "__main__":
         rows = read_table(args) if args.metadata else read_folders(folder)
     if checkpoint and not args.predict and not args.split_file and os.path.isfile(f"{beside}/split.csv"):
         own_images = {row["path"] for row in read_csv(f"{beside}/split.csv", ["path"])}
-        here = {row["path"] for row in rows}  # mostly the run's images, if they moved or the table is shorter
-        if args.resume or not moved or 2 * len(own_images & here) > min(len(own_images), len(here)):
+        known = len(own_images & {row["path"] for row in rows})
+        if args.resume or known > (0.9 * len(own_images) if moved else 0):  # the run's images, elsewhere or fewer
             args.split_file = f"{beside}/split.csv"
     if args.evaluate and not args.split_file and "test" not in {row["split"] for row in rows}:
         rows = [row | {"split": "test"} for row in rows]
