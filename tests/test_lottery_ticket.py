@@ -576,7 +576,9 @@ def test_all_tickets_of_a_source_on_a_target(source, target, tmp_path):
 def test_tickets_of_another_network_or_run_are_refused_and_variants_are_other_arms(source, folder, target, tmp_path):
     ticket, other = load(source / "round_02.pt"), tmp_path / "another/round_02.pt"
     other.parent.mkdir()
-    train(target, *TRANSFER, "--tickets", source, "--rounds", 1, cwd=tmp_path)
+    done = train(target, *TRANSFER, "--tickets", source, "--rounds", 1, cwd=tmp_path)
+    first_head = lt.make_network("conv", 2, 16, lt.random_stream(1, "control"), lt.random_stream(1, "head")).fc.weight
+    assert not torch.equal(done.variables["initial"]["fc.weight"], first_head), "the source began with these draws"
     torch.save(ticket | {"meta": ticket["meta"] | {"arm": "own-global-lr-rewinding-0.5"}}, other)
     train(target, *TRANSFER, "--tickets", other, cwd=tmp_path)
     for data, arch, flags, says in [
