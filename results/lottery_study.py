@@ -40,17 +40,25 @@ for target, arms in found.items():
         print(f"| {target} | {arm} | {np.mean(gains):+.1f} ({', '.join(f'{gain:+.1f}' for gain in gains)}) |")
 
 
+natural = ["clothes", "clothes-random-mask", "clothes-reinit", "clothes-trained"]
+others = [["own"], ["own-reinit", "openclipart-reinit"], ["own-0.25", "cifar100"], ["own-0.5"], ["own-0.75", "cifar10"]]
+colors = {arm: f"C{i}" for i, arms in enumerate(others + [[arm] for arm in natural]) for arm in arms}
+
+
 def draw(panel, title, curves):
     for arm, runs in curves.items():
         left, accuracy = runs[0][0], 100 * np.mean([run[1] for run in runs], axis=0)
         if arm in ("dense", "baseline"):
             panel.axhline(accuracy[0], color="black", linestyle="--", linewidth=1, label=arm)
             continue
-        (line,) = panel.plot(100 * left, accuracy, marker=".", markersize=4, linewidth=1.2, label=arm)
+        color = colors.get(arm, "C9")
+        panel.plot(100 * left, accuracy, marker=".", markersize=4, linewidth=1.2, label=arm, color=color)
         low, high = (100 * edge([run[1] for run in runs], axis=0) for edge in (np.min, np.max))
-        panel.fill_between(100 * left, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        panel.fill_between(100 * left, low, high, color=color, alpha=0.12, linewidth=0)
     panel.set(title=title, xscale="log")
-    panel.set_xticks([100, 30, 10, 3, 1, 0.3, 0.1], ["100", "30", "10", "3", "1", "0.3", "0.1"])
+    fewest = 100 * min(runs[0][0].min() for runs in curves.values())
+    ticks = [tick for tick in (100, 30, 10, 3, 1, 0.3, 0.1) if tick > 0.8 * fewest]
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.minorticks_off()
     panel.invert_xaxis()
     panel.legend(fontsize=6)
