@@ -59,7 +59,7 @@ class CatchVectorEnv(VectorEnv):
         self.single_action_space = gym.spaces.Discrete(3)
         self.observation_space = gym.spaces.Box(0, 255, (num_envs, 4, SIZE * CELL, SIZE * CELL), np.uint8)
         self.action_space = gym.spaces.MultiDiscrete([3] * num_envs)
-        self.noisy, self.balls_to_win = noisy, balls_to_win
+        self.noisy, self.mirrored, self.balls_to_win = noisy, mirrored, balls_to_win
         self.paddle_cells = np.arange(-1, 1) if small_paddle else np.arange(-2, 3)  # relative to its position
         self.reach = 1 if small_paddle else 2  # how far from its position a ball counts as caught
         self.last_row = PADDLE_ROW - 1 if small_paddle else PADDLE_ROW
@@ -67,8 +67,7 @@ class CatchVectorEnv(VectorEnv):
         # uint32: 4 equal bytes, its 4 pixels in a row of the picture.
         self.background_levels = np.array([102, 153, 204, 255], np.uint32) * 0x01010101
         self.ink = (51 if noisy else 255) * 0x01010101
-        self.picture = np.zeros((num_envs, SIZE, SIZE), np.uint32)
-        self.cells = self.picture[:, ::-1] if mirrored else self.picture  # here the ball always falls
+        self.cells = np.zeros((num_envs, SIZE, SIZE), np.uint32)  # here the ball always falls
         self.paddle_row_levels = np.zeros((num_envs, PADDLE_ROW - START_ROW), np.uint32)
         self.frames = np.zeros(self.observation_space.shape, np.uint8)  # the newest observations, oldest frame first
         self.paddle, self.ball_x, self.ball_y, self.ball_vx = np.zeros((4, num_envs), np.int64)
@@ -107,7 +106,8 @@ class CatchVectorEnv(VectorEnv):
         frames = np.empty_like(self.frames)
         frames[:, :-1] = self.frames[:, 1:]
         frames[starting, :-1] = 0  # as ALE's vector environment: frames older than the episode are black
-        frames[:, -1].reshape(self.num_envs, SIZE, CELL, -1)[:] = self.picture.view(np.uint8)[:, :, None]
+        picture = self.cells[:, ::-1] if self.mirrored else self.cells
+        frames[:, -1].reshape(self.num_envs, SIZE, CELL, -1)[:] = picture.view(np.uint8)[:, :, None]
         self.frames = frames
         self.over = landed & ~another
         won = (caught & ~another).astype(np.float64)
@@ -162,14 +162,14 @@ class CatchEnv(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
         self.games.rngs = [self.np_random]
-        return self.games.reset()[0][0], {"caught": 0, "balls": 0}
+        return self.games.reset()[0][0].copy(), {"caught": 0, "balls": 0}
 
     def step(self, action: int):
         if self.games.over[0]:
             raise gym.error.ResetNeeded("the episode is over (or never began): call reset() before step()")
         observations, rewards, terminations, _, infos = self.games.step(np.array([action]))
         info = {key: int(infos[key][0]) for key in ("caught", "balls")}
-        return observations[0], float(rewards[0]), bool(terminations[0]), False, info
+        return observations[0].copy(), float(rewards[0]), bool(terminations[0]), False, info
 
     def render(self):
         return self.games.render()[0] if self.render_mode else None
@@ -216,5 +216,8 @@ if __name__ == "__main__":
             episode += int(games.over[0])
             games.step(np.where(np.abs(away) <= games.reach, STAY, np.where(away < 0, LEFT, RIGHT)))
     if args.gif:
-        pictures[0].save(args.gif, save_all=True, append_images=pictures[1:], duration=1000 // 6, loop=0)
+        try:
+            pictures[0].save(args.gif, "GIF", save_all=True, append_images=pictures[1:], duration=1000 // 6, loop=0)
+        except OSError as error:
+            sys.exit(f"catch_env.py: --gif: {error}")
         print(f"{len(pictures)} frames of {', '.join(args.env_id)} in {args.gif}")

@@ -44,7 +44,7 @@ class Args:
     targets: tuple[str, ...] = ()  # the games among these to train on (none given: all)
     script: str = "ddqn_atari.py"  # the script to run
     seeds: tuple[int, ...] = (1, 2, 3)  # a transfer run starts from the source of its own seed
-    args: str = ""  # further flags of the script in one string: --args="--no-double --total-timesteps 200000"
+    args: str = ""  # further flags of the script in one string: --args="--no-double --learning-rate 1e-3"
     source_args: str = ""  # flags of the runs to start from, where these are not --args; their other flags are free
 
 
@@ -131,16 +131,21 @@ class Run:
 
     def lacks(self, metric: str) -> str:
         """Why its curve of `metric` is not complete, "" if it is."""
+        if not len(self.curves[metric]):
+            return f"no {metric} in it"
         steps, values = self.curves[metric].T
-        if (last := steps.max(initial=0)) < 0.99 * self.total:
-            return f"incomplete, {last:,.0f} of {self.total:,} steps"
-        return "" if len(steps) > 1 and np.isfinite(values).all() else f"{metric} has one point, or is not finite"
+        if steps[-1] < self.total:
+            return f"incomplete, {steps[-1]:,.0f} of {self.total:,} steps"
+        if steps[0] > self.total / 2:  # the rest of a run that was resumed elsewhere, or a large --eval-frequency
+            return f"{metric} begins at step {steps[0]:,.0f} of {self.total:,}"
+        return "" if np.isfinite(values).all() else f"{metric} is not finite"
 
 
 # Flags of runs, and of the sources that they began from, that do not change what is learned, or stand in a run's fields
 FREE = """env_id exp_name seed pretrained pretrained_env_id pretrained_head keep_head head_fraction freeze_features cuda
     cudagraphs logdir resume evaluate track capture_video eval_frequency checkpoint_frequency""".split()
 FREE = {"algorithm", "architecture", "double", "dueling", *FREE, *(f"pretrained_{name}" for name in FREE)}
+FREE -= {f"pretrained_{name}" for name in ("keep_head", "head_fraction", "freeze_features")}  # of a chain's first link
 RESUMED = Event(session_log=SessionLog(status=SessionLog.START)).SerializeToString()
 
 
@@ -179,8 +184,10 @@ def read_run(folder: str, tags: list[str]) -> Run:
     if flags.get("pretrained") not in nothing:
         mode, source = "fine-tuning", game(flags["pretrained_env_id"])
         mode = "only-head" if flags.get("freeze_features") == "True" else mode
-        mode = "hybrid" if flags.get("pretrained_head") not in nothing else mode
-        mode += ", of a transferred run" * (mode != "hybrid" and flags.get("pretrained_pretrained") not in nothing)
+        if flags.get("pretrained_head") not in nothing:
+            mode = "hybrid" + ", features frozen" * (mode == "only-head")
+        elif flags.get("pretrained_pretrained") not in nothing:
+            mode += ", of a transferred run"
         mode += ", head kept" * (flags.get("keep_head") == "True")
         mode += f", {flags['head_fraction']} of the head" if float(flags.get("head_fraction", 0)) else ""
     identity = algorithm, mode, source, game(flags["env_id"]), int(flags["seed"])
@@ -222,7 +229,10 @@ def finished_runs(args: Args, others: tuple[str, ...] = ()) -> dict[tuple, dict[
         for name, run in product(differences(runs, of_source=field == "mode"), runs):
             setattr(run, field, f"{getattr(run, field)}, {name} {run.flags.get(name)}")
     for run in sorted(complete, key=lambda run: run.seed):
-        arms[run.algorithm, run.mode, run.source, run.target][run.seed] = run
+        arm = arms[run.algorithm, run.mode, run.source, run.target]
+        if older := arm.get(run.seed):
+            print(f"skipped {str(older.checkpoint.parent)!a}: one with the same flags is newer", file=sys.stderr)
+        arm[run.seed] = run
     return dict(sorted(arms.items()))
 
 
@@ -366,17 +376,21 @@ NEEDS["hybrid"] = {"pretrained": "fine-tuning", "pretrained_head": "only-head"}
 
 
 def number(text: str) -> float | str:
-    return float(text) if re.fullmatch(r"[\d.]+(e-?\d+)?", text) else text
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def plan(args: Args) -> None:
     games = {env_id: game(env_id) for env_id in args.env_ids}
     if not games or not set(args.targets) <= set(games):
-        sys.exit(f"--env-ids names the games, --targets some of these: {' '.join(set(args.targets) - set(games))}")
+        sys.exit(f"--env-ids has to name the games, those of --targets too: {' '.join(args.targets)}")
     runs = [run for run in read_runs(args.logdir, [args.metric]) if run.checkpoint.is_file()]
     usual = {"double": "True", "dueling": "False", "architecture": "separate", "terminal": "True"}
     usual |= {"keep_head": "False", "head_fraction": "0.0"}
-    usual["algorithm"] = ALGORITHMS.get(Path(args.script).name, args.script)
+    script = Path(args.script)  # the runs of a changed copy are known by their name
+    usual |= {"algorithm": ALGORITHMS[script.name]} if script.name in ALGORITHMS else {"exp_name": script.stem}
     clean = partial(re.sub, r", head kept|, \S+ of the head", "")  # of a mode, what flags say
 
     def find(flags: str, *identity: str | int) -> list[Run]:
@@ -405,8 +419,10 @@ def plan(args: Args) -> None:
         taken += mine[-1:]
         if not mine:
             commands.append(command + ["--freeze-features"] * (mode == "only-head") + shlex.split(args.args))
-        elif mine[-1].lacks(args.metric):
+        elif (reason := mine[-1].lacks(args.metric)).startswith(("no", "incomplete")):
             commands.append(["python", args.script, "--resume", str(mine[-1].checkpoint), "--env-id", env_id])
+        elif reason:
+            sys.exit(f"{mine[-1].checkpoint.parent}: {reason}")
     if missing:
         sys.exit(f"--logdir {args.logdir} lacks complete runs: {'; '.join(dict.fromkeys(missing))}")
     if names := differences(taken):

@@ -166,7 +166,7 @@ def test_random_play_scores_what_the_docstring_says(env_id):
     envs.reset(seed=0)
     played = [envs.step(rng.integers(3, size=200))[1:3] for _ in range(1000)]
     rewards, episodes = np.sum(played, axis=(0, 2))
-    assert rewards / episodes == pytest.approx(stated(env_id)[0], abs=4 * np.sqrt(0.25 / episodes) + 5e-4)
+    assert rewards / episodes == pytest.approx(stated(env_id)[0], abs=4 * np.sqrt(stated(env_id)[0] / episodes) + 5e-4)
 
 
 def test_seeds_and_misuse():

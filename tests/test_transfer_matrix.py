@@ -230,6 +230,7 @@ def test_broken_runs_are_named_and_the_others_have_their_table(tmp_path):
     seed = write(tmp_path, GAME, [0, 100], [1, 1], seed="x")
     total = write(tmp_path, GAME, [0, 100], [1, 1], total_timesteps="y")
     infinite = write(tmp_path, GAME, [0, 100], [1, np.nan], seed=5)
+    rest = write(tmp_path, GAME, [90, 100], [1, 1], seed=6)  # of a checkpoint that was copied and resumed there
     (file,) = whole.glob("*tfevents*")
     garbled = bytearray(file.read_bytes())
     begin = garbled.index(b"\n%c%b" % (len(METRIC), METRIC.encode()))  # of the tag
@@ -244,12 +245,13 @@ def test_broken_runs_are_named_and_the_others_have_their_table(tmp_path):
     row = next(row for row in csv.DictReader(done.stdout.splitlines()) if row["game"] == "Catch-v0")
     assert row["DDQN, n"] == "2" and row["DDQN, ours"] == "1.00 [1.00, 1.00]"
     lines = dict(line.removeprefix(f"skipped '{tmp_path}/").split("': ", 1) for line in done.stderr.splitlines())
-    assert len(lines) == 11 and lines["new\\nline"].startswith("control characters in the folder's name")
+    assert len(lines) == 12 and lines["new\\nline"].startswith("control characters in the folder's name")
     for name in ("empty", "text", "huge"):
         assert lines[name] == "it has logged no hyper-parameters with algorithm, env_id, seed and exp_name"
     assert lines["garbled"] and "'x'" in lines[seed.name] and "'y'" in lines[total.name]
     assert lines["cut"] == lines[growing.name] == "incomplete, 50 of 100 steps"
-    assert lines[nothing.name] == "incomplete, 0 of 100 steps" and "not finite" in lines[infinite.name]
+    assert lines[nothing.name] == f"no {METRIC} in it" and "not finite" in lines[infinite.name]
+    assert lines[rest.name] == f"{METRIC} begins at step 90 of 100"
     assert "no complete run" in refused("transfer_matrix.py", "table", "--logdir", tmp_path / "none", cwd=tmp_path)
 
 
@@ -317,7 +319,11 @@ def test_a_plan_tells_other_flags_apart(tmp_path):
     write(tmp_path / "runs", GAME, [0, 100], [1, 1], double=False, learning_rate=1e-2, seed=2)
     refused = planned(tmp_path, "source", "--args=--no-double", games=[GAME], seeds=(1, 2))
     assert "runs that fit differ in learning_rate: say it in --args" in refused
-    assert f"--targets some of these: {OTHER}" in planned(tmp_path, "source", "--targets", OTHER, games=[GAME])
+    assert f"those of --targets too: {OTHER}" in planned(tmp_path, "source", "--targets", OTHER, games=[GAME])
+    write(tmp_path / "runs", GAME, [100], [1], learning_rate=1)  # a single evaluation: nothing goes on with that
+    assert "begins at step 100 of 100" in planned(tmp_path, "source", "--args=--learning-rate 1", games=[GAME])
+    write(tmp_path / "runs", GAME, [0, 100], [1, 1], algorithm="DDQN", exp_name="my_ddqn")
+    assert planned(tmp_path, "source", script="my_ddqn.py", games=[GAME]) == []
 
 
 @pytest.mark.parametrize("inside", ["", "/source.pt"])

@@ -4,7 +4,7 @@
     python results/atari/returns.py pong.png results/atari/author/pong_results.txt runs/ALE-Pong-v5__*
 
 The author's files (github.com/paintception/phd-thesis, MIT licence) have the columns DQV, DQV-Max, DQN and DDQN over
-episodes; without such a file, ours are drawn alone.
+episodes; without such a file, its panel stays empty.
 """
 
 import csv
@@ -37,7 +37,7 @@ figure = Figure(figsize=(10, 4), layout="constrained")
 ours, theirs = figure.subplots(1, 2, sharey=True)
 for (algorithm, seed), points in curves.items():
     steps, returns = np.array(points).T
-    ours.plot(steps / 1_000, returns, color=COLOURS[algorithm], label=f"{algorithm}, seed {seed}")
+    ours.plot(steps / 1_000, returns, color=COLOURS.get(algorithm), label=f"{algorithm}, seed {seed}")
 ours.set(title="ours", xlabel="thousands of agent steps", ylabel="return of evaluations")
 ours.legend(fontsize=8)
 if os.path.isfile(author):

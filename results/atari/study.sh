@@ -10,7 +10,8 @@
 #   LIMIT=570 STEPS=2000000 SEEDS="1 2" PARALLEL=4 bash results/atari/study.sh
 set -u
 STEPS=${STEPS:-2000000} SEEDS=${SEEDS:-1 2 3} PARALLEL=${PARALLEL:-4} LIMIT=${LIMIT:-1000000} FLAGS=${FLAGS:-}
-LOGDIR=${LOGDIR:-runs/atari} OUT=${OUT:-results/atari} GAMES=${GAMES:-Pong Boxing Enduro} TARGETS=${TARGETS:-Pong}
+LOGDIR=${LOGDIR:-runs/atari} OUT=${OUT:-results/atari} GAMES=${GAMES:-Pong Boxing Enduro}
+TARGETS=${TARGETS:-${GAMES%% *}}
 export OMP_NUM_THREADS=1
 begun=$SECONDS
 ids() { for game in "$@"; do echo "ALE/$game-v5"; done; }

@@ -24,6 +24,8 @@ for row in rows:
 for (algorithm, mode, source, target, seed), points in runs.items():
     flags = {"algorithm": algorithm, "env_id": f"catch_env:{target}", "exp_name": "restored", "seed": seed}
     flags["total_timesteps"] = int(points[-1][0]) // 1000 * 1000  # all games step at once: a run ends a little late
+    if mode not in ("scratch", "fine-tuning", "only-head", "hybrid"):
+        sys.exit(f"{path} has runs of the mode {mode}, which cannot be written again")
     if source:
         flags |= {"pretrained": f"{source}.pt", "pretrained_env_id": f"catch_env:{source}"}
         flags |= {"freeze_features": mode == "only-head"} | ({"pretrained_head": "pt"} if mode == "hybrid" else {})

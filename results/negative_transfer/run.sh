@@ -7,6 +7,7 @@
 # `slow_target` (the target network is copied a tenth as often), `frozen_target` (never) and `rmsprop` (the optimiser).
 # glibc keeps freed memory: a tenth of the time
 export MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=2000000000
+trap 'exit 130' INT TERM
 seed=$1
 arms=${2:-"correct no_terminal source_only target_only slow_target frozen_target rmsprop"}
 modes=${3:-"scratch fine-tuning only-head"}
