@@ -240,7 +240,7 @@ class Replay:
         # Not to be drawn: the newest row, whose successor is yet to come, and three whose stacks are overwritten.
         self.rows, self.num_envs = -(-capacity // num_envs) + 4, num_envs
         self.slots = self.rows * num_envs
-        # Empty: a CPU gives memory to the frames that are written, and what was not is never read.
+        # Empty: a CPU gives memory to the frames that are written, and what was not is masked.
         self.frames = torch.empty((self.slots, 84 * 84), dtype=torch.uint8, device=device)
         # columns: slot, action, reward, done, age (earlier frames of the episode, at most 3); last line: a waste bin
         self.transitions = torch.empty((self.slots + 1, 5), dtype=torch.float64, device=device)
@@ -425,6 +425,8 @@ if __name__ == "__main__":
         fail(f"{path} has made its {args.total_timesteps:,} steps; with more --total-timesteps it goes on")
     for name, value in vars(args).items():
         low, high = BOUNDS.get(name, (0, 1) if isinstance(value, float) else (1, 10**18))
+        if value == "":
+            fail(f"--{name.replace('_', '-')} is empty")
         if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must be between {low} and {high}, not {value}")
     if os.path.basename(args.exp_name) != args.exp_name:
@@ -498,7 +500,12 @@ if __name__ == "__main__":
     while not path and os.path.exists(run_dir):
         run_dir += "-2"  # two runs that start in the same second
     checkpoint_path, global_step = path or f"{run_dir}/{args.exp_name}.pt", checkpoint.get("global_step", 0)
-    rb = Replay(min(args.buffer_size, 2 * args.total_timesteps), args.num_envs, device)
+    try:
+        os.makedirs(run_dir, exist_ok=True)
+        rb = Replay(min(args.buffer_size, 2 * args.total_timesteps), args.num_envs, device)
+    except (OSError, RuntimeError) as error:  # a folder that cannot be made, a memory that is too large
+        fail(str(error).splitlines()[0])
+    print(f"replay memory: up to {rb.frames.nbytes / 1e9:.1f} GB")
     if args.track:
         import wandb
 
@@ -620,7 +627,7 @@ if __name__ == "__main__":
                 left = timedelta(seconds=int(seconds)) if seconds else "once learning"
                 score = f"{np.mean(recent):.2f}" if recent else "none yet"
                 print(f"step {global_step:,}/{args.total_timesteps:,}  SPS {sps:,.0f}  ETA {left}  return {score}  "
-                      f"epsilon {epsilon:.3f}{'  refilling the memory' * (refill > 0)}", flush=True)  # fmt: skip
+                      f"epsilon {epsilon:.3f}{f'  refilling: {refill:,}' * (refill > 0)}", flush=True)  # fmt: skip
                 line_time = now
             if reached(1_000) or finished:
                 *losses, n_updates, max_q, n_states = sums.tolist()  # the only place where logging waits
@@ -651,7 +658,8 @@ if __name__ == "__main__":
         global_step = previous_step  # what the interrupted step has to log, to copy and to evaluate is made anew
         save()
         sys.stdout = sys.stderr
-        print(f"stopped at step {global_step:,}; python {os.path.basename(__file__)} --resume {run_dir} goes on")
+        print(f"stopped at step {global_step:,}; python {os.path.basename(__file__)} --resume {run_dir} "
+              f"--env-id {args.env_id} goes on")  # fmt: skip
         sys.exit(130)
     except OSError as error:
         fail(f"{error}; the last checkpoint, if there is one, is {checkpoint_path}")

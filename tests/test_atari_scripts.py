@@ -340,7 +340,7 @@ def test_a_killed_run_resumes(tmp_path, number):
     script = {signal.SIGTERM: "dqv_atari", signal.SIGHUP: "dqv_max_atari", signal.SIGKILL: "ddqn_atari"}[number]
     code, out = start_and_kill(script, TOY_FLAGS, tmp_path, number)
     assert code == (-number if number == signal.SIGKILL else 130), out
-    assert number == signal.SIGKILL or re.search(rf"{script}.py --resume runs/\S+ goes on\n$", out), out
+    assert number == signal.SIGKILL or re.search(rf"{script}.py --resume runs/\S+ --env-id \S+ goes on\n$", out), out
     folder = only_run(tmp_path / "runs")
     killed = torch.load(folder / f"{script}.pt")
     assert killed["global_step"] < 1200 and killed["updates"] > 5
@@ -652,6 +652,9 @@ def test_cleanrl_s_bare_state_dict_is_accepted(source, tmp_path):
     ("--total-timesteps 40000", "--learning-starts 50000 is beyond --total-timesteps 40000"),
     ("--exp-name a/b", "--exp-name a/b is not the name of a file"),
     ("--keep-head", "--pretrained"),
+    ("--pretrained=", "--pretrained is empty"),
+    ("--env-id toy_env:Toy-v0 --logdir text/text.pt/runs", "Not a directory: 'text/text.pt/runs"),
+    (f"--env-id toy_env:Toy-v0 --buffer-size {10**14} --total-timesteps {10**14}", "allocate"),
     ("--freeze-features", "need a --pretrained run"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line(flags, says, tmp_path):
