@@ -34,7 +34,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
@@ -165,13 +164,13 @@ def read_annotations(path: str, label_column: str) -> list[dict]:
                 names = {category["id"]: category["name"] for category in data["categories"]}
                 for box in data["annotations"]:
                     boxes[box["image_id"]].append(box | {"category": names.get(box["category_id"])})
-                return [image | {"boxes": boxes[image["id"]]} for image in data["images"]]
+                return [i | {"file_name": i["file_name"], "boxes": boxes[i["id"]]} for i in data["images"]]
             for row in csv.DictReader(file):
                 x1, y1, x2, y2 = map(float, row["bounding_box_coordinates"].split(","))
                 category = re.sub(r"\s*\([^()]*\)\s*$", "", row[label_column]).strip()
                 boxes[row["image_filename"]].append({"bbox": [x1, y1, x2 - x1, y2 - y1], "category": category})
         return [{"file_name": name, "boxes": found} for name, found in boxes.items()]
-    except (OSError, ValueError, LookupError, TypeError, ElementTree.ParseError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ElementTree.ParseError) as error:
         fail(f"{path}: no annotations in a known format ({type(error).__name__}: {error})")
 
 
@@ -206,6 +205,11 @@ def find_annotations(args: Args) -> tuple[str, dict[str, list[dict]]]:
     return folder, found
 
 
+def is_box(bbox) -> bool:
+    known = isinstance(bbox, list) and len(bbox) == 4 and all(isinstance(number, (int, float)) for number in bbox)
+    return known and math.isfinite(sum(bbox)) and min(bbox[2:]) > 1
+
+
 def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
     """The folder of the images, and all of them with the boxes of `classes` (none: the most frequent) from 1 on."""
     images, boxes, wrong, coco = {}, [], [], COCO()
@@ -219,10 +223,10 @@ def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
             size = "({:g}, {:g})".format(*(float(image.get(side) or 0) for side in ("width", "height")))
             images[path] = {"id": i, "file_name": path, "split": split, "size": size}
             for box in image["boxes"]:
-                if not box["category"] or not min((box.get("bbox") or [0])[2:], default=0) > 1:
+                if not box["category"] or not is_box(box.get("bbox")):
                     wrong.append(f"{path}: {box['category'] or 'unknown class'}, box {box.get('bbox')} (x, y, w, h)")
                     continue
-                box |= {"image_id": i, "iscrowd": box.get("iscrowd", 0), "area": math.prod(box["bbox"][2:])}
+                box |= {"image_id": i, "iscrowd": box.get("iscrowd") or 0, "area": math.prod(box["bbox"][2:])}
                 boxes.append(box | ({"category": "object"} if args.single_class else {}))
     if wrong:
         print(*wrong[:20], f"{len(wrong):,} records with an error are left out", sep="\n")
@@ -234,6 +238,8 @@ def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
             fail(f"--split-file {args.split_file}: {error!r}")
         for path, image in images.items():
             image["split"] = splits.get(path, "")
+        if lost := sum(not image["split"] for image in images.values()):
+            print(f"{lost:,} images are not in --split-file {args.split_file} and are left out")
     elif "train" in sources and "val" not in sources:  # 50/25/25 by image, as MINERVA
         own = [image for image in images.values() if image["split"] == "train"]
         for n, i in enumerate(np.random.default_rng(args.seed).permutation(len(own))):
@@ -244,6 +250,8 @@ def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
         classes = sorted(sorted(counted, key=lambda name: (-counted[name], name))[: args.top_classes or None])
     # images that have boxes of other classes only go, too
     kept = [box for box in boxes if box["category"] in classes]
+    if other := Counter(box["category"] for box in boxes if box["category"] not in classes):
+        print("boxes of other classes, left out:", ", ".join(f"{n:,} {name}" for name, n in other.most_common(20)))
     others = {box["image_id"] for box in boxes} - {box["image_id"] for box in kept}
     for i, box in enumerate(kept, 1):
         box |= {"id": i, "category_id": 1 + classes.index(box["category"])}
@@ -266,10 +274,17 @@ class Pictures(Dataset):
         self.folder, self.coco, self.seed, self.unreadable, self.proposals = folder, coco, args.seed, set(), None
         self.epoch = None  # augmentation is a function of seed, epoch and image, whoever reads it; None: there is none
         if args.arch == "fastrcnn":
-            with open(args.proposals, encoding="utf-8") as file:
-                self.proposals = json.load(file)
-            if not any(image["file_name"] in self.proposals for image in coco.imgs.values()):
-                fail(f"--proposals {args.proposals}: no key is the path of an image in {folder}")
+            try:
+                with open(args.proposals, encoding="utf-8") as file:
+                    self.proposals = json.load(file)
+                known = [self.proposals.get(image["file_name"], []) for image in coco.imgs.values()]
+                wrong = [box for boxes in known for box in boxes if not (box[0] <= box[2] and box[1] <= box[3])]
+            except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+                fail(f"--proposals {args.proposals}: not {{path: [[xmin, ymin, xmax, ymax], ...]}} ({error!r})")
+            if wrong or not any(known):
+                wrong = f"a box ends before it begins: {wrong[0]}" if wrong else f"no path is of an image in {folder}"
+                fail(f"--proposals {args.proposals}: {wrong}")
+            print(f"{known.count([]):,} of {len(known):,} images have no --proposals but the whole image")
         ssd = [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=127), v2.RandomIoUCrop()]
         ssd = [*ssd, v2.SanitizeBoundingBoxes()] if args.augmentation == "ssd" else []
         self.augment = v2.Compose([*ssd, v2.RandomHorizontalFlip(0.5)])
@@ -630,8 +645,8 @@ def load_weights(args: Args, model: nn.Module) -> list[str]:
 
 
 def freeze(model: nn.Module, loaded: list[str], args: Args) -> list[nn.Module]:
-    """Take gradients from what --strategy and --unfreeze-from keep; the normalisations that stay in evaluation mode."""
-    names, in_evaluation = [name for name, _ in model.named_parameters()], []
+    """Take gradients from what --strategy and --unfreeze-from keep; the modules that are frozen as a whole."""
+    names = [name for name, _ in model.named_parameters()]
     frozen = set(loaded) if args.strategy == "off-the-shelf" else set()
     if args.unfreeze_from:
         later = [i for i, name in enumerate(names) if f".{args.unfreeze_from}." in f".{name}"]
@@ -643,13 +658,13 @@ def freeze(model: nn.Module, loaded: list[str], args: Args) -> list[nn.Module]:
         if isinstance(module, nn.BatchNorm2d):
             # Batches of a few images have no statistics worth having: torchvision freezes a trained backbone's too
             if weight in frozen or (name.startswith("backbone.") and weight in loaded):
-                in_evaluation.append(module)
                 frozen |= {weight, f"{name}.bias"}
             elif weight not in loaded:
                 module.momentum = 0.1  # MobileNets' and Darknet's would average over more batches than there may be
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    return in_evaluation
+    still = [(module, list(module.parameters())) for module in model.modules()]
+    return [module for module, own in still if own and not any(parameter.requires_grad for parameter in own)]
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------
@@ -708,7 +723,8 @@ def measure(coco: COCO, results: list[dict], ids: list[int]) -> dict[str, float]
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        metrics |= dict(zip(("AP", "AP50", "AP75"), evaluation.stats.tolist()))
+        stats = [value if value > -1 else math.nan for value in evaluation.stats.tolist()]  # -1: nothing to be found
+        metrics |= dict(zip(("AP", "AP50", "AP75"), stats))
         for k, name in enumerate(classes.values()):
             precision = evaluation.eval["precision"][:, :, k, 0, 2]
             metrics[f"AP/{name}"] = float(precision.mean()) if precision.max() > -1 else math.nan
@@ -739,17 +755,6 @@ def draw_detections(data: Pictures, results: list[dict], ids: list[int], thresho
         name = os.path.splitext(os.path.basename(data.coco.imgs[i]["file_name"]))[0]
         picture = v2.functional.to_pil_image(image)
         write_file(f"{folder}/{i}_{name}.png", partial(picture.save, format="PNG"))
-
-
-def draw_curves(history: list[dict], path: str) -> None:
-    """Training loss, and validation APs by epoch."""
-    figure = Figure(figsize=(10, 4))
-    left, right = figure.subplots(1, 2)
-    for name, panel in (("loss", left), ("AP", right), ("AP50", right), ("AP@0.1", right)):
-        panel.plot(range(1, len(history) + 1), [row[name] for row in history], marker=".", label=name)
-        panel.set_xlabel("epoch")
-        panel.legend()
-    write_file(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 if __name__ == "__main__":
@@ -838,7 +843,9 @@ if __name__ == "__main__":
         sys.exit()
     if not ids["train"] or not any(coco.imgToAnns[i] for i in ids["val"]):
         fail("there are no images for training, or no boxes in those for validation")
-    in_evaluation = freeze(model, loaded, args)
+    if not loaded and (args.strategy == "off-the-shelf" or args.unfreeze_from):
+        fail("there are no weights to keep: --weights or --pretrained")
+    in_evaluation = freeze(model, loaded, args)  # their statistics stay, and nothing is dropped in them
     if args.amp and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         autocast_backbone(model, device.type)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -846,12 +853,14 @@ if __name__ == "__main__":
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.Adam(groups) if args.optimizer == "adam" else torch.optim.SGD(groups, momentum=0.9)
     count, total = (sum(p.numel() for p in parameters) for parameters in (trained, model.parameters()))
-    frozen = f"{len(in_evaluation):,} batch normalisations frozen"
+    frozen = f"{sum(isinstance(module, nn.BatchNorm2d) for module in in_evaluation):,} batch normalisations frozen"
     print(f"{args.arch}, {args.strategy}: {count:,} of {total:,} parameters are trained, {frozen}, on {device}")
 
     # TRY NOT TO MODIFY: the run's folder and logs
     name = os.path.basename(os.path.abspath(args.dataset or args.annotations or folder)).removesuffix(".json")
     run_dir = os.path.join(args.logdir, f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    while os.path.exists(run_dir):
+        run_dir += "-2"  # two runs that start in the same second
     run_dir, path = (base, checkpoint["path"]) if args.resume else (run_dir, f"{run_dir}/{args.exp_name}.pt")
     if args.resume:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
@@ -859,19 +868,20 @@ if __name__ == "__main__":
         import wandb
 
         wandb.init(name=os.path.basename(run_dir), config=vars(args), sync_tensorboard=True, save_code=True)
-    epoch, history, best = checkpoint.get("epoch", 0), checkpoint.get("history", []), checkpoint.get("best", -1.0)
-    stale, best_weights = checkpoint.get("stale", 0), checkpoint.get("model", model.state_dict())
+    epoch, best, stale = checkpoint.get("epoch", 0), checkpoint.get("best", -1.0), checkpoint.get("stale", 0)
+    best_weights = checkpoint.get("model", model.state_dict())
+    if not args.resume:
+        rows = io.StringIO()
+        csv.writer(rows).writerows([["path", "split"], *([i["file_name"], i["split"]] for i in coco.imgs.values())])
+        write_file(f"{run_dir}/split.csv", lambda file: file.write(rows.getvalue().encode()))
     writer = SummaryWriter(run_dir, purge_step=epoch + 1 if args.resume else None)
     table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", epoch)
-    rows = io.StringIO()
-    csv.writer(rows).writerows([["path", "split"], *([i["file_name"], i["split"]] for i in coco.imgs.values())])
-    write_file(f"{run_dir}/split.csv", lambda file: file.write(rows.getvalue().encode()))
 
     def save() -> None:
         writer.flush()  # first: a kill right after the checkpoint must not cost the points before it
         state = {"args": vars(args), "classes": classes, "loaded": loaded, "transfers": transfers, "epoch": epoch,
-                 "history": history, "best": best, "stale": stale, "model": best_weights, "last": model.state_dict(),
+                 "best": best, "stale": stale, "model": best_weights, "last": model.state_dict(),
                  "optimizer": optimizer.state_dict()}  # fmt: skip
         write_file(path, lambda file: torch.save(state, file))
 
@@ -912,6 +922,8 @@ if __name__ == "__main__":
                     count += 1
                 now, done = time.perf_counter(), done + 1
                 if now - shown > 30 and count:
+                    if not torch.isfinite(sums["loss"]):
+                        break
                     shown, left = now, round((now - started) / done * ((args.epochs - epoch) * updates - step))
                     print(f"epoch {epoch + 1}/{args.epochs} {step / updates:.1%}  loss {sums['loss'] / count:.4f}  "
                           f"{(now - begun) / step:.2f} s/update  ETA {timedelta(0, left)}", flush=True)  # fmt: skip
@@ -926,8 +938,6 @@ if __name__ == "__main__":
                 writer.add_scalar(tag, value, epoch)
             metrics = test("val")
             print(f"epoch {epoch}: loss {means['loss']:.4f}; validation: {describe(metrics)}", flush=True)
-            history.append(means | metrics)
-            draw_curves(history, f"{run_dir}/curves.png")
             stale += 1
             if metrics["AP@0.5"] > best:
                 best, stale = metrics["AP@0.5"], 0
