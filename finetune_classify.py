@@ -97,9 +97,10 @@ def fail(message: str) -> NoReturn:
 
 
 def write_file(path: str, write) -> None:
-    """Have `write` fill a temporary file, which then replaces `path`: half a file is never left."""
+    """Have `write` fill a temporary file, which then replaces `path`: half a file is never left. Folders are made."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
@@ -112,12 +113,12 @@ def write_file(path: str, write) -> None:
 def write_csv(path: str, rows: list[dict]) -> None:
     text = io.StringIO()
     csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
-    write_file(path, lambda file: file.write(text.getvalue().encode()))
+    write_file(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
 
 
-def read_csv(path: str, columns: list[str]) -> list[dict]:
+def read_csv(path: str, columns: list[str], errors: str = "surrogateescape") -> list[dict]:
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors=errors) as file:
             rows = list(csv.DictReader(file, restval=""))
     except (OSError, ValueError) as error:
         fail(f"{path} cannot be read: {error}")
@@ -150,7 +151,8 @@ def read_folders(folder: str) -> list[dict]:
 
 def read_table(args: Args) -> list[dict]:
     """Images and the labels that the CSV --metadata has for them."""
-    table, by_name, rows = read_csv(args.metadata, [args.image_column, *args.label_column]), defaultdict(set), {}
+    table = read_csv(args.metadata, [args.image_column, *args.label_column], errors="strict")
+    by_name, rows = defaultdict(set), {}
     for path in find_images(args.data_dir):
         for name in (path, os.path.basename(path)):
             by_name[name].add(path)
@@ -228,8 +230,8 @@ class Pictures(Dataset):
                 return self.transform(self.source[split][int(number)][0].convert("RGB")), i, ""
             with Image.open(os.path.join(self.source, self.paths[i])) as image:
                 image.draft("RGB", (2 * self.least, 2 * self.least))  # a large JPEG at the fraction that suffices
-                if image.mode[0] in "IF":
-                    raise ValueError(f"mode {image.mode}, while 8 bits a channel are expected")
+                if image.mode[0] in "IF" or max(image.size) > 100 * min(image.size):
+                    raise ValueError(f"mode {image.mode}, {image.size}: 8 bits a channel, sides to 1:100 are expected")
                 image = ImageOps.exif_transpose(image)
                 if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -458,7 +460,7 @@ def draw_curves(history: list[dict[str, float]]) -> Figure:
 
 
 def draw_confusion(confusion: torch.Tensor, names: list[str], title: str) -> Figure:
-    """Rows (true classes) as shares of the class; with names up to 60 classes, and with counts up to 25."""
+    """Rows (true classes) as shares of the class; with names up to 60 classes."""
     figure, confusion = Figure(figsize=(2 + 0.5 * min(len(names), 25),) * 2), confusion.cpu()
     axes = figure.subplots()
     axes.imshow(confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1), cmap="Blues", vmin=0, vmax=1)
@@ -466,9 +468,6 @@ def draw_confusion(confusion: torch.Tensor, names: list[str], title: str) -> Fig
     if len(names) <= 60:
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
-    for row, column in confusion.nonzero().tolist() if len(names) <= 25 else []:
-        count = confusion[row, column].item()
-        axes.text(column, row, count, ha="center", color="white" if count > confusion[row].sum() / 2 else "black")
     return figure
 
 
@@ -557,10 +556,14 @@ if __name__ == "__main__":
             fail(f"{path} is of a run that has ended; more --epochs or --patience would go on")
     for name, value in vars(args).items():
         least = int(name in ("epochs", "patience", "batch_size", "image_size"))
-        if type(value) in (int, float) and not least <= value < 2**63:
-            fail(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        if type(value) in (int, float) and not least <= value < 2**44:  # seed * 1_000_003 must fit in 64 bits
+            fail(f"--{name.replace('_', '-')} {value} must be at least {least} and less than 2**44")
     if (args.unfreeze_from and args.strategy != "fine-tune") or (args.pretrained and args.strategy == "scratch"):
         fail("--unfreeze-from needs --strategy fine-tune, and --pretrained any but scratch")
+    if args.metadata and args.dataset:
+        fail("--metadata is for images of --data-dir, not of --dataset")
+    if os.path.basename(args.exp_name) != args.exp_name:
+        fail(f"--exp-name {args.exp_name} is not the name of a file")
     if (args.predict or args.saliency) and not args.evaluate:
         fail("--predict and --saliency need a trained network: --evaluate PATH")
     folder = args.predict or args.data_dir
@@ -586,6 +589,8 @@ if __name__ == "__main__":
         known = len(own_images & {row["path"] for row in rows})
         if args.resume or known > (0.9 * len(own_images) if moved else 0):  # the run's images, elsewhere or fewer
             args.split_file = f"{beside}/split.csv"
+        elif known:
+            print(f"{known:,} of the run's {len(own_images):,} images are there: its training images may be tested")
     if args.evaluate and not args.split_file and "test" not in {row["split"] for row in rows}:
         rows = [row | {"split": "test"} for row in rows]
     if not args.predict:
@@ -607,7 +612,14 @@ if __name__ == "__main__":
     if checkpoint:
         model = restore(checkpoint, args.arch, args.image_size, "model" if args.evaluate else "last")
     elif args.pretrained:
-        donor = restore(load_file(args.pretrained, *CHECKPOINT), args.arch, args.image_size)
+        content = load_file(args.pretrained, *CHECKPOINT)
+        donor = restore(content, args.arch, args.image_size)
+        theirs = os.path.join(os.path.dirname(content["path"]), "split.csv")
+        data = {(run["dataset"], os.path.realpath(run["data_dir"] or "")) for run in (content["args"], vars(args))}
+        if len(data) == 1 and os.path.isfile(theirs):
+            seen = {row["path"] for row in read_csv(theirs, ["path", "split"]) if row["split"] != "test"}
+            if seen := seen & {row["path"] for row in rows if row["split"] == "test"}:
+                fail(f"--pretrained has seen {len(seen):,} of the test images in training: give --split-file {theirs}")
         model = Classifier(donor.trunk, donor.heads[0].in_features, donor.preprocessing, classes)
     else:
         trunk = make_trunk(args.arch, args.weights, args.image_size, random=args.strategy == "scratch")
@@ -639,7 +651,7 @@ if __name__ == "__main__":
             if any(errors):
                 for i, error in zip(chosen.tolist(), errors):
                     if error and i not in unreadable:
-                        print(f"left out: {pictures.paths[i]} cannot be read, {error}")
+                        print(f"left out: {pictures.paths[i]!r} cannot be read, {error}")
                         unreadable.add(i)
                 good = torch.tensor([not error for error in errors])
                 inputs, chosen = inputs[good], chosen[good]
@@ -673,6 +685,18 @@ if __name__ == "__main__":
             save_figure(figure, f"{beside}/saliency.png")
         sys.exit()
 
+    # TRY NOT TO MODIFY: the run's folder, before what may take hours
+    name = args.dataset or os.path.basename(os.path.abspath(folder))
+    run_dir = os.path.join(args.logdir, f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    while os.path.exists(run_dir):
+        run_dir += "-2"  # two runs that start in the same second
+    run_dir, path = (beside, path) if args.resume else (run_dir, os.path.join(run_dir, f"{args.exp_name}.pt"))
+    write_csv(f"{run_dir}/split.csv", rows)
+    if args.track:
+        import wandb
+
+        wandb.init(name=os.path.basename(run_dir), config=vars(args), sync_tensorboard=True, save_code=True)
+
     # Features of a frozen network are computed once; images that fit on the device are decoded once, which is exact
     room = torch.cuda.mem_get_info()[0] / 2 if on_cuda else 2e9
     room = room if args.cache_gb is None else args.cache_gb * 1e9
@@ -687,14 +711,7 @@ if __name__ == "__main__":
     trained, size = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
     print(f"{args.arch}: {trained:,} of {size:,} parameters are trained, images of {pictures.size} pixels, on {device}")
 
-    # TRY NOT TO MODIFY: the run's folder and logs
-    name = args.dataset or os.path.basename(os.path.abspath(folder))
-    run_dir = os.path.join(args.logdir, f"{name}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    run_dir, path = (beside, path) if args.resume else (run_dir, os.path.join(run_dir, f"{args.exp_name}.pt"))
-    if args.track:
-        import wandb
-
-        wandb.init(name=os.path.basename(run_dir), config=vars(args), sync_tensorboard=True, save_code=True)
+    # TRY NOT TO MODIFY: the run's state and logs
     state = {"epoch": 0, "best": np.inf, "stale": 0, "history": [], "model": model.state_dict()}
     if args.resume:
         state = {name: checkpoint[name] for name in state}
@@ -703,7 +720,6 @@ if __name__ == "__main__":
     writer = SummaryWriter(run_dir, purge_step=state["epoch"] + 1 if args.resume else None)
     lines = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{lines}", state["epoch"])
-    write_csv(f"{run_dir}/split.csv", rows)
 
     def copied() -> dict:
         """What training changes, copied, as an interrupt comes in the middle of an epoch."""

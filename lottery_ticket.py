@@ -51,7 +51,6 @@ class Args:
     seed: int = 1  # seed of the split, the initial weights, the order of the images and their crops
     cuda: bool = True  # train on CUDA when there is a GPU
     amp: bool = True  # on CUDA, compute in bfloat16 where that is safe (autocast)
-    compile: bool = False  # compile the network (`torch.compile`); pays off in long runs
     workers: int = 0  # threads that decode the images of a folder, once (0: Python's choice)
     logdir: str = "runs"  # folder in which the run's own folder is made, or found again
     resume: str | None = None  # run (folder or checkpoint) to continue with its flags; epochs, rounds may be others
@@ -68,7 +67,7 @@ class Args:
     # The network and its pruning. With tickets, None stands for what the ticket says.
     arch: Literal["resnet50", "resnet18", "conv", "mlp"] | None = None  # (None: resnet50, the paper's)
     pruning: Literal["global", "channel"] | None = None  # least weights of all layers (None), or channels of each
-    prune_fraction: float = 0.2  # share of the remaining weights (channels) that a round prunes
+    prune_fraction: float | None = None  # share of the remaining weights (channels) that a round prunes (None: 0.2)
     rounds: int = 31  # rounds of training; the first one is that of the unpruned network
     rewind: str | None = None  # where the next round begins: epochs (2ep, None), updates (500it) or both of round 0
 
@@ -106,7 +105,7 @@ BOUNDS = {"seed": (0, 2**63), "workers": (0, 1024), "image_size": (2, 4096), "tr
           "batch_size": (2, 10**6), "learning_rate": (0, 1e15), "lr_decay": (0, 1), "momentum": (0, 1),
           "weight_decay": (0, 1)}  # fmt: skip
 # What runs of one arm may differ in
-FREE = "seed source_seed source_run cuda amp compile workers logdir track dataset data_dir rounds tickets save_networks"
+FREE = "seed source_seed source_run cuda amp workers logdir track dataset data_dir rounds tickets save_networks"
 
 
 def fail(message: str) -> None:
@@ -135,7 +134,7 @@ def save_table(path: str, rows: list[dict]) -> None:
     table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    save_atomically(path, lambda temporary: Path(temporary).write_text(text.getvalue()))
+    save_atomically(path, lambda temporary: Path(temporary).write_text(text.getvalue(), errors="surrogateescape"))
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -153,8 +152,8 @@ def open_image(path: str, side: int) -> torch.Tensor:
     """The image upright, its shorter side resized to `side` and the middle cut out: uint8 `(side, side, 3)`."""
     with Image.open(path) as image:
         image.draft("RGB", (2 * side, 2 * side))  # JPEGs are decoded at the fraction that suffices
-        if image.mode[0] in "IF":
-            raise ValueError(f"mode {image.mode}, while 8 bits a channel are expected")
+        if image.mode[0] in "IF" or max(image.size) > 100 * min(image.size):
+            raise ValueError(f"mode {image.mode}, {image.size}: 8 bits a channel and sides to 1:100 are expected")
         image = ImageOps.exif_transpose(image)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")  # over white, as on paper
@@ -168,18 +167,20 @@ def read_folder(folder: str, side: int, workers: int) -> tuple[list[tuple[str, s
     names = [name for name in FOLDERS if os.path.isdir(os.path.join(folder, name))]
     names = names if "train" in names[:-1] else [""]
     try:
-        roots = {name: datasets.ImageFolder(os.path.join(folder, name)) for name in names}
+        roots = {name: datasets.ImageFolder(os.path.join(folder, name), allow_empty=True) for name in names}
     except OSError as error:
         fail(f"--dataset folder:{folder}: {error}")
-    found = [(path, root.classes[i], FOLDERS.get(name, 0)) for name, root in roots.items() for path, i in root.samples]
-    found.sort()
+    found = [(path, root.classes[i], FOLDERS.get(name, 0)) for name, root in roots.items() for path, i in root.samples
+             if f"{os.sep}." not in os.sep + os.path.relpath(path, root.root)]  # fmt: skip
+    found.sort(key=lambda image: (-len(image[0]), image[0]))  # of an image and links to it the shortest path counts
+    found = sorted({os.path.realpath(image[0]): image for image in found}.values())
     pixels, unreadable = torch.zeros(len(found), side, side, 3, dtype=torch.uint8), {}
 
     def read(i: int) -> None:
         try:
             pixels[i] = open_image(found[i][0], side)
         except Exception as error:  # Pillow's plugins raise whatever their formats make them
-            unreadable[i] = f"{found[i][0]}: {error}"
+            unreadable[i] = f"{found[i][0]!r}: {error}"
 
     with ThreadPoolExecutor(workers or None) as pool:  # Pillow does without the interpreter's lock
         list(pool.map(read, range(len(found))))
@@ -267,7 +268,7 @@ class Images:
 def pixel_statistics(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each of three channels over uint8 `(N, S, S, C)`: float32 `(3,)` on its device."""
     sums, squares, count = 0.0, 0.0, pixels[..., 0].numel()
-    for values in map(torch.Tensor.double, pixels.split(1_000)):
+    for values in map(torch.Tensor.double, pixels.split(100)):
         sums, squares = sums + values.sum(dim=(0, 1, 2)), squares + values.square().sum(dim=(0, 1, 2))
     std = (squares / count - (sums / count).square()).clamp(min=1.0).sqrt()  # at least one grey level
     return (sums / count).float().expand(3), std.float().expand(3)
@@ -517,6 +518,7 @@ def read_settings(run_dir: str) -> dict:
 
 def difference(one: dict, other: dict, free: str = FREE) -> str:
     """The flags that change results and are not the same in the settings of two runs."""
+    free += " pruning prune_fraction rewind" * (one.get("control") == "dense")  # which prunes nothing
     names = (one.keys() & other.keys()) - set(free.split())  # those of an earlier version may lack some
     return ", ".join(sorted(name for name in names if one[name] != other[name]))
 
@@ -546,10 +548,10 @@ def read_runs(folders: list[str]) -> dict[str, dict[str, tuple[list[dict], dict[
     return found
 
 
-def plot_accuracy(axes, label: str, curve: dict[int, dict[str, list]], measure: str = "test_accuracy") -> None:
-    """Mean of the runs and its 95 % interval against the weights that are left."""
+def plot_accuracy(axes, label: str, curve: dict[int, dict[str, list]]) -> None:
+    """Mean test accuracy of the runs and its 95 % interval against the weights that are left."""
     left = [100 * (1 - np.mean(curve[r]["sparsity"])) for r in sorted(curve)]
-    means, halves = np.array([mean_and_half(curve[r][measure]) for r in sorted(curve)]).T
+    means, halves = np.array([mean_and_half(curve[r]["test_accuracy"]) for r in sorted(curve)]).T
     if label.startswith("dense"):  # there is one, to be compared with all sparsities
         axes.axhline(means[0], color="black", linestyle="--", label=label)
         axes.axhspan(means[0] - halves[0], means[0] + halves[0], color="black", alpha=0.1, linewidth=0)
@@ -584,7 +586,7 @@ def report(folders: list[str], out: str) -> None:
                 best = max(curve.values(), key=lambda columns: np.mean(columns[name]))
                 cells.append(f"{shown(best['test_accuracy'])} ({np.mean(best['sparsity']):.3f})")
             source = re.fullmatch(r"(.+?)(-global|-channel)?( \(.+\))?", arm)[1]  # controls are not published
-            rows.append([arm, *cells, published.get(source, "–")])
+            rows.append([arm, *cells, published.get(source) or "–"])
         head = ["best ticket (its sparsity)", "chosen on validation", "highest on test, as published", "published"]
         print_table(head, rows)
         figure = Figure(figsize=(8.5, 4.2), layout="constrained")
@@ -598,21 +600,16 @@ def report(folders: list[str], out: str) -> None:
 
 
 def draw_curves(run_dir: str, rows: list[dict], history: list[dict]) -> None:
-    """curves.png: the losses of every round by epoch, and accuracy against the weights that are left."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    losses, accuracies = figure.subplots(1, 2)
+    """curves.png: the losses of every round by epoch."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for row in rows:
         entries = [entry for entry in history if entry["round"] == row["round"]]
         epochs, color = [entry["epoch"] for entry in entries], colormaps["viridis"](row["sparsity"])
-        losses.plot(epochs, [entry["train_loss"] for entry in entries], color=color, linestyle=":")
-        losses.plot(epochs, [entry["val_loss"] for entry in entries], color=color, label=f"round {row['round']}")
-    losses.set(xlabel="epoch", ylabel="loss", yscale="log", title="dotted: training, solid: validation")
-    curve = {row["round"]: {name: [value] for name, value in row.items()} for row in rows}
-    for split in ("val", "test"):
-        plot_accuracy(accuracies, split, curve, f"{split}_accuracy")
-    accuracies.set_title(os.path.basename(run_dir), fontsize=8)
-    for axes in (losses, accuracies):
-        axes.legend(fontsize=6, ncols=2)
+        axes.plot(epochs, [entry["train_loss"] for entry in entries], color=color, linestyle=":")
+        axes.plot(epochs, [entry["val_loss"] for entry in entries], color=color, label=f"round {row['round']}")
+    axes.set(xlabel="epoch", ylabel="loss", yscale="log", title="dotted: training, solid: validation")
+    axes.legend(fontsize=6, ncols=2)
     save_atomically(os.path.join(run_dir, "curves.png"), lambda path: figure.savefig(path, format="png"))
 
 
@@ -630,6 +627,8 @@ if __name__ == "__main__":
     for name, (low, high) in BOUNDS.items():
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             fail(f"--{name.replace('_', '-')} must be between {low} and {high}, not {getattr(args, name)}")
+    if os.path.basename(args.exp_name) != args.exp_name:
+        fail(f"--exp-name {args.exp_name} is not the name of a file")
     if args.control not in ("none", "dense") and bool(args.tickets) == (args.control == "lr-rewinding"):
         fail(f"--control {args.control} is for runs {'without' if args.tickets else 'with'} --tickets")
 
@@ -639,12 +638,14 @@ if __name__ == "__main__":
         for path in sorted(map(str, Path(args.tickets).glob("round_*.pt"))) or [args.tickets]:
             source = load_file(path, TICKET)["meta"]
             tickets[source["round"]] = path
-        for name in ("arch", "pruning", "rewind"):
-            if getattr(args, name) not in (None, source[name]):
-                fail(f"--{name} {getattr(args, name)}: {args.tickets} has {source[name]}")
-            setattr(args, name, source[name])
-        args.prune_fraction, args.image_size = source["prune_fraction"], args.image_size or source["image_size"]
-    args.arch, args.pruning, args.rewind = args.arch or "resnet50", args.pruning or "global", args.rewind or "2ep"
+    defaults = {"arch": "resnet50", "pruning": "global", "prune_fraction": 0.2, "rewind": "2ep"}
+    for name, default in defaults.items():
+        if source and getattr(args, name) not in (None, source[name]):
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.tickets} has {source[name]}")
+        setattr(args, name, getattr(args, name) or source.get(name, default))
+    if args.control == "random-mask" and source["control"] == "lr-rewinding":
+        fail("--control random-mask: of tickets of lr-rewinding it would change the weights as well")
+    args.image_size = args.image_size or source.get("image_size")
     args.epochs = args.epochs or (6 if args.arch in ("conv", "mlp") else 90)
     args.milestones = args.milestones or [round(args.epochs * share / 90) for share in (50, 60, 75)]
     built_for = source.get("built_for")  # the size of images, on which the first layers depend
@@ -678,8 +679,11 @@ if __name__ == "__main__":
     # TRY NOT TO MODIFY: the run's folder, which one process at a time may write, and its settings
     target = os.path.basename(os.path.abspath(args.dataset.removeprefix("folder:")))
     drawn = split_rows and not split_rows[-1]["path"].startswith(f"test{os.sep}")
-    if drawn and source.get("dataset") == target and source["seed"] != args.seed:
-        fail(f"--seed {args.seed}: these tickets, of --seed {source['seed']}, were found on test images of this split")
+    if drawn and source.get("dataset") == target:
+        theirs = Path(tickets[source["round"]]).with_name("split.csv")
+        known = list(csv.DictReader(theirs.open(newline="", errors="surrogateescape"))) if theirs.is_file() else []
+        if known != split_rows:  # another seed, or other images in the folder
+            fail(f"{theirs}, of --seed {source['seed']}, is not this run's split: the tickets saw test images of it")
     if args.arch == "mlp" and built_for not in (None, args.image_size):
         fail(f"--image-size {args.image_size}: the tickets of this mlp are for {built_for} pixels")
     arm = "dense" if args.control == "dense" else f"{source.get('dataset', 'own')}-{args.pruning}"
@@ -707,9 +711,8 @@ if __name__ == "__main__":
         free = FREE.replace("seed source_seed source_run", "epochs patience milestones" if args.resume else "")
         if differing := difference(json.loads(json.dumps(settings)), read_settings(run_dir), free):
             fail(f"{run_dir} was made with other flags: {differing}; another --exp-name makes another run")
-    save_atomically(
-        f"{run_dir}/hyperparameters.json", lambda path: Path(path).write_text(json.dumps(settings, indent=1))
-    )
+    text = json.dumps(settings, indent=1)
+    save_atomically(f"{run_dir}/hyperparameters.json", lambda path: Path(path).write_text(text))
     if split_rows:
         save_table(f"{run_dir}/split.csv", split_rows)
     if args.track:
@@ -722,8 +725,6 @@ if __name__ == "__main__":
     purposes = ("control", "new head") if tickets else ("source", "head")
     generators = (random_stream(args.seed, purpose) for purpose in purposes)
     network = make_network(args.arch, len(classes), settings["built_for"], *generators, device)
-    if args.compile:
-        network.compile()
     initial = copy.deepcopy(network.state_dict())
     weights = prunable(network)
     prunable_count, everything = (sum(p.numel() for p in group) for group in (weights.values(), network.parameters()))

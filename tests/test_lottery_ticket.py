@@ -226,9 +226,11 @@ def test_folders_that_are_split_already_and_odd_images(folder, tmp_path, capsys)
     (odd / "c_broken.png").write_bytes(b"no image")
     Image.new("1", (30_000, 30_000)).save(odd / "d_bomb.png")
     Image.fromarray(np.full((40, 60), 300, np.uint16)).save(odd / "e_deep.png")
+    Image.new("L", (201, 2)).save(odd / "f_line.png")
     classes, parts, _ = data_of(tmp_path)
     out = capsys.readouterr().out
-    assert "3 images cannot be read and are left out" in out and "decompression bomb" in out and "mode I;16" in out
+    assert "4 images cannot be read and are left out" in out and "decompression bomb" in out and "mode I;16" in out
+    assert "f_line.png': mode L, (201, 2): 8 bits a channel and sides to 1:100 are expected" in out
     assert classes == ["aa", "level", "upright"] and [len(parts[split][1]) for split in lt.SPLITS] == [100, 50, 12]
     found = parts["test"][0][parts["test"][1] == 0].float().permute(0, 3, 1, 2)
     expected = F.interpolate(torch.from_numpy(ramp)[None, None].float(), (18, 18), mode="bilinear", antialias=True)[0]
@@ -238,6 +240,27 @@ def test_folders_that_are_split_already_and_odd_images(folder, tmp_path, capsys)
     os.rename(tmp_path / "val", tmp_path / "valid")
     classes, parts, _ = data_of(tmp_path)  # a tenth of what is to train is for the test
     assert classes == ["aa", "level", "upright"] and [len(parts[split][1]) for split in lt.SPLITS] == [90, 50, 10]
+
+
+def test_of_a_folder_hidden_images_and_second_paths_are_left_out(folder, tmp_path, monkeypatch):
+    for kind in ("level", "upright"):
+        (tmp_path / ".data" / kind).mkdir(parents=True)
+        for path in (folder / kind).iterdir():
+            shutil.copy(path, tmp_path / ".data" / kind)
+    data = tmp_path / ".data"
+    (data / "level/39.png").rename(data / "level/\udcff.png")  # a name that is not UTF-8
+    (data / ".git").mkdir()
+    shutil.copytree(folder / "slanting", data / ".ipynb_checkpoints")
+    shutil.copytree(folder / "slanting", data / "upright/.hidden")
+    (data / "aa").symlink_to(data / "level")
+    (data / "aa_up").symlink_to(data)
+    (data / "upright/same.png").symlink_to(data / "level/00.png")
+    monkeypatch.chdir(data)
+    for root in (data, f"{data}/", "."):
+        classes, _, rows = data_of(root)
+        assert len(rows) == 80 and {os.path.dirname(row["path"]) for row in rows} == set(classes) and len(classes) == 2
+    lt.save_table(str(tmp_path / "split.csv"), rows)
+    assert b"/\xff.png," in (tmp_path / "split.csv").read_bytes()
 
 
 @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip"])
@@ -581,18 +604,31 @@ def test_tickets_of_another_network_or_run_are_refused_and_variants_are_other_ar
     assert not torch.equal(done.variables["initial"]["fc.weight"], first_head), "the source began with these draws"
     torch.save(ticket | {"meta": ticket["meta"] | {"arm": "own-global-lr-rewinding-0.5"}}, other)
     train(target, *TRANSFER, "--tickets", other, cwd=tmp_path)
-    for data, arch, flags, says in [
-        (target, "conv", "--arch resnet18", "--arch resnet18: "),
-        (target, "conv", "", "made with other flags: source_run"),
-        (folder, "conv", "--seed 2", "--seed 2: these tickets, of --seed 1, were found on test images of this split"),
-        (target, "conv", "--rounds 1 --logdir no", "--rounds 1: the tickets are of rounds 2"),
-        (target, "mlp", "--image-size 8", "--image-size 8: the tickets of this mlp are for 16 pixels"),
+    for data, meta, flags, says in [
+        (target, {}, "--arch resnet18", "--arch resnet18: "),
+        (target, {}, "--prune-fraction 0.5", f"--prune-fraction 0.5: {other} has 0.2"),
+        (target, {}, "", "made with other flags: source_run"),
+        (folder, {}, "", "another/split.csv, of --seed 1, is not this run's split"),  # there is none
+        (target, {}, "--rounds 1 --logdir no", "--rounds 1: the tickets are of rounds 2"),
+        (target, {"arch": "mlp"}, "--image-size 8", "--image-size 8: the tickets of this mlp are for 16 pixels"),
+        (target, {"control": "lr-rewinding"}, "--control random-mask", "it would change the weights as well"),
     ]:
-        torch.save(ticket | {"meta": ticket["meta"] | {"arch": arch}}, other)
+        torch.save(ticket | {"meta": ticket["meta"] | meta}, other)
         flags = ["--dataset", f"folder:{data}", *TRANSFER, *flags.split(), "--tickets", other]
         assert says in refused(SCRIPT, *flags, cwd=tmp_path)
     name, arms = source.name.split("__")[0], {path.name.split("__")[3] for path in (tmp_path / "runs").iterdir()}
     assert arms == {f"{name}-global", f"{name}-global-of-lr-rewinding-0.5"}
+
+
+def test_tickets_are_not_tested_on_images_that_they_were_found_on(source, folder, tmp_path):
+    data, flags = shutil.copytree(folder, tmp_path / folder.name), [*TRANSFER, "--tickets", source, "--rounds", 1]
+    train(data, *flags, cwd=tmp_path)
+    says = f"{source}/split.csv, of --seed 1, is not this run's split: the tickets saw test images of it"
+    assert says in refused(SCRIPT, "--dataset", f"folder:{data}", *flags, "--seed", 2, cwd=tmp_path)
+    for i in range(10):
+        shutil.copy(data / f"level/{i:02d}.png", data / f"level/more{i}.png")
+    assert says in refused(SCRIPT, "--dataset", f"folder:{data}", *flags, cwd=tmp_path)
+    train(data, *flags, "--control", "dense", "--arch", "conv", cwd=tmp_path)  # has seen none
 
 
 # ------------------------------------------------------------------------------------------------------------- reports
@@ -608,8 +644,9 @@ def made_up(root, arm, seed, accuracies, **more):
 
 def test_report_of_made_up_runs(tmp_path):
     runs, flags = tmp_path / "runs", ["--report", tmp_path / "runs", "--out", tmp_path / "out"]
-    made_up(runs, "dense", 1, [(0.7, 0.7)])
-    made_up(runs, "dense", 2, [(0.72, 0.74)])
+    made_up(runs, "dense", 1, [(0.7, 0.7)], control="dense", prune_fraction=0.2)
+    made_up(runs, "dense", 2, [(0.72, 0.74)], control="dense", prune_fraction=0.44)  # prunes nothing
+    made_up(tmp_path / "runs/other", "dense", 1, [(0.5, 0.5)], target="shoes")
     for seed, shift in ((1, 0.0), (2, 0.02), (3, 0.04)):
         curve = [(0.70, 0.70), (0.80, 0.75), (0.78, 0.79), (0.9, 0.9)][: 3 + (seed == 3)]  # a seed that is further
         made_up(runs, "own-global", seed, [(val + shift, test + shift) for val, test in curve])
@@ -622,6 +659,7 @@ def test_report_of_made_up_runs(tmp_path):
     assert "| 0 | 0.000 | 72.00 ± 25.42 | 72.00 ± 4.97 | 65.00 | 50.00 |" in out
     assert "| 2 | 0.360 | – | 81.00 ± 4.97 | – | – |" in out and "| 3 |" not in out
     assert "| dense | 72.00 ± 25.42 (0.000) | 72.00 ± 25.42 (0.000) | 71.85 ± 1.12 |" in out
+    assert "| dense | 50.00 (0.000) | 50.00 (0.000) | – |" in out, "of the other target"
     assert "| own-global | 77.00 ± 4.97 (0.200) | 81.00 ± 4.97 (0.360) | 81.72 ± .39 (.832) |" in out
     assert "| cifar10-global | 65.00 (0.000) | 65.00 (0.000) | 79.17 ± 1.85 (.945) |" in out
     assert "| cifar10-global-reinit | 50.00 (0.000) | 50.00 (0.000) | – |" in out
@@ -667,12 +705,14 @@ def test_the_authors_curves_give_the_published_table(target, tmp_path):
     ("--dataset folder:missing", "--dataset folder:missing: [Errno 2] No such file or directory"),
     ("--dataset folder:flat", "--dataset folder:flat: Couldn't find any class folder"),
     ("--dataset folder:few", "two classes or more are needed, each with images in train, val and test"),
+    ("--dataset folder:hollow", "two classes or more are needed, each with images in train, val and test"),
     ("--dataset cifar10", "--data-dir data: Dataset not found"),
     ("--dataset folder:{folder} --rewind 9ep --epochs 9", "--rewind 9ep is 18 updates, and a round has 18"),
     ("--dataset folder:{folder} --rewind 1it2ep", "--rewind 1it2ep: epochs (2ep) or updates (500it)"),
     ("--dataset folder:{folder} --arch conv --logdir flat/a.png", "cannot be written"),
     ("--epochs 0", "--epochs must be between 1 and 1000000, not 0"),
     ("--learning-rate nan", "--learning-rate must be between 0 and"),
+    ("--exp-name a/b", "--exp-name a/b is not the name of a file"),
     ("--control reinit", "--control reinit is for runs with --tickets"),
     ("--control lr-rewinding --tickets x", "--control lr-rewinding is for runs without --tickets"),
     ("--tickets other.pt", "other.pt is missing, damaged or not a file of this script"),
@@ -680,7 +720,7 @@ def test_the_authors_curves_give_the_published_table(target, tmp_path):
     ("--resume bad", "bad is not a run of this script"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line(flags, says, folder, tmp_path):
-    for name in ("flat", "few/a", "few/b", "bad"):
+    for name in ("flat", "few/a", "few/b", "hollow/a", "bad"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("flat/a.png", "few/a/1.png", "few/b/1.png", "few/b/2.png"):
         Image.new("RGB", (9, 9)).save(tmp_path / name)

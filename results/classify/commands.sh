@@ -14,7 +14,7 @@ for seed in 1 2 3; do
   done
   python finetune_classify.py --data-dir openclipart10 $W --seed $seed --strategy fine-tune $ADAM --exp-name fine-tune-adam
   # the chain: ImageNet -> emoji, and ImageNet -> clip art -> emoji
-  EMOJI="--data-dir noto_emoji/png --metadata noto_emoji/labels.csv --image-column file --label-column category"
+  EMOJI="--data-dir noto_emoji --metadata noto_emoji/labels.csv --image-column file --label-column category"
   python finetune_classify.py $EMOJI $W --seed $seed --strategy off-the-shelf --exp-name imagenet-off-the-shelf
   python finetune_classify.py $EMOJI $W --seed $seed --strategy off-the-shelf --exp-name clipart-off-the-shelf \
     --pretrained runs/openclipart10__fine-tune__${seed}__*/fine-tune.pt
