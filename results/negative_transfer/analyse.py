@@ -27,6 +27,9 @@ ARMS = {
     "slow_target": ("none in both, target network copied a tenth as often", "slow_target", "slow_target"),
     "frozen_target": ("none in both, target network never copied", "frozen_target", "frozen_target"),
     "rmsprop": ("none in both, RMSprop", "rmsprop", "rmsprop"),
+    "each_step": ("none in both, an update a step", "each_step", "each_step"),
+    "explore": ("none in both, epsilon falls over half of the steps", "explore", "explore"),
+    "long_source": ("none in both, sources trained thrice as long", "no_terminal", "long_source"),
 }
 
 
