@@ -516,9 +516,9 @@ if __name__ == "__main__":
         run_dir += "-2"  # two runs that start in the same second
     checkpoint_path, global_step = path or f"{run_dir}/{args.exp_name}.pt", checkpoint.get("global_step", 0)
     try:
-        os.makedirs(run_dir, exist_ok=True)
         rb = Replay(min(args.buffer_size, 2 * args.total_timesteps), args.num_envs, device)
-    except (OSError, RuntimeError) as error:  # a folder that cannot be made, a memory that is too large
+        os.makedirs(run_dir, exist_ok=bool(path))
+    except (OSError, RuntimeError) as error:  # a memory that is too large, a folder that cannot be made
         fail(str(error).splitlines()[0])
     print(f"replay memory: up to {rb.frames.nbytes / 1e9:.1f} GB")
     if args.track:

@@ -189,9 +189,12 @@ def split_data(args: Args, rows: list[dict], trained: dict | None = None) -> tup
         fail(f"the network's labels are {', '.join(trained)}, not {', '.join(tasks)}: see --label-column")
     if args.split_file:
         saved = {row["path"]: row["split"] for row in read_csv(args.split_file, ["path", "split"])}
-        gone = saved.keys() - {row["path"] for row in rows}
-        if gone and not args.evaluate:
+        paths = {row["path"] for row in rows}
+        gone, new = saved.keys() - paths, paths - saved.keys()
+        if gone and (args.resume or not (args.evaluate or args.pretrained)):
             fail(f"--split-file {args.split_file}: {len(gone):,} of its images are not there, as {min(gone)}")
+        if gone or new:
+            print(f"--split-file: {len(gone):,} of its images are not there; {len(new):,} are not in it, left out")
         rows = [row | {"split": saved[row["path"]]} for row in rows if row["path"] in saved]
     elif not set(SPLITS) <= given:
         rng, groups, new = np.random.default_rng(args.seed), defaultdict(list), sorted({"test", "val"} - given)

@@ -282,7 +282,7 @@ class Pictures(Dataset):
             except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
                 fail(f"--proposals {args.proposals}: not {{path: [[xmin, ymin, xmax, ymax], ...]}} ({error!r})")
             if wrong or not any(known):
-                wrong = f"a box ends before it begins: {wrong[0]}" if wrong else f"no path is of an image in {folder}"
+                wrong = f"a box ends before it begins: {wrong[0]}" if wrong else f"none is of an image in {folder}"
                 fail(f"--proposals {args.proposals}: {wrong}")
             print(f"{known.count([]):,} of {len(known):,} images have no --proposals but the whole image")
         ssd = [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=127), v2.RandomIoUCrop()]
@@ -663,8 +663,9 @@ def freeze(model: nn.Module, loaded: list[str], args: Args) -> list[nn.Module]:
                 module.momentum = 0.1  # MobileNets' and Darknet's would average over more batches than there may be
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    still = [(module, list(module.parameters())) for module in model.modules()]
-    return [module for module, own in still if own and not any(parameter.requires_grad for parameter in own)]
+    # but of regions, which in evaluation mode would be fewer
+    parts = [module for module in model.modules() if not isinstance(module, detection.rpn.RegionProposalNetwork)]
+    return [part for part in parts if {parameter.requires_grad for parameter in part.parameters()} == {False}]
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------
@@ -870,7 +871,7 @@ if __name__ == "__main__":
         wandb.init(name=os.path.basename(run_dir), config=vars(args), sync_tensorboard=True, save_code=True)
     epoch, best, stale = checkpoint.get("epoch", 0), checkpoint.get("best", -1.0), checkpoint.get("stale", 0)
     best_weights = checkpoint.get("model", model.state_dict())
-    if not args.resume:
+    if args.split_file != f"{run_dir}/split.csv":
         rows = io.StringIO()
         csv.writer(rows).writerows([["path", "split"], *([i["file_name"], i["split"]] for i in coco.imgs.values())])
         write_file(f"{run_dir}/split.csv", lambda file: file.write(rows.getvalue().encode()))

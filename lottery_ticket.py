@@ -681,9 +681,11 @@ if __name__ == "__main__":
     drawn = split_rows and not split_rows[-1]["path"].startswith(f"test{os.sep}")
     if drawn and source.get("dataset") == target:
         theirs = Path(tickets[source["round"]]).with_name("split.csv")
-        known = list(csv.DictReader(theirs.open(newline="", errors="surrogateescape"))) if theirs.is_file() else []
-        if known != split_rows:  # another seed, or other images in the folder
-            fail(f"{theirs}, of --seed {source['seed']}, is not this run's split: the tickets saw test images of it")
+        known = csv.DictReader(theirs.open(newline="", errors="surrogateescape")) if theirs.is_file() else split_rows
+        seen = {row["path"] for row in known if row["split"] != "test"}
+        again = seen & {row["path"] for row in split_rows if row["split"] == "test"}  # another seed, or new images
+        if again or (known is split_rows and source["seed"] != args.seed):
+            fail(f"{theirs}, of --seed {source['seed']}: the tickets saw test images of this run's split")
     if args.arch == "mlp" and built_for not in (None, args.image_size):
         fail(f"--image-size {args.image_size}: the tickets of this mlp are for {built_for} pixels")
     arm = "dense" if args.control == "dense" else f"{source.get('dataset', 'own')}-{args.pruning}"

@@ -1,5 +1,6 @@
 """catch_env.py against an independent, literal transcription of its specification."""
 
+import copy
 import itertools
 import subprocess
 import sys
@@ -167,6 +168,14 @@ def test_random_play_scores_what_the_docstring_says(env_id):
     played = [envs.step(rng.integers(3, size=200))[1:3] for _ in range(1000)]
     rewards, episodes = np.sum(played, axis=(0, 2))
     assert rewards / episodes == pytest.approx(stated(env_id)[0], abs=4 * np.sqrt(stated(env_id)[0] / episodes) + 5e-4)
+
+
+def test_a_copy_plays_on_and_an_observation_is_the_caller_s():
+    env = catch_env.CatchEnv(mirrored=True)
+    observation, _ = env.reset(seed=0)
+    twin = copy.deepcopy(env)
+    observation[:] = 0
+    assert all((env.step(2)[0] == twin.step(2)[0]).all() for _ in range(5))
 
 
 def test_seeds_and_misuse():

@@ -497,6 +497,9 @@ def test_frozen_stays_frozen_and_momentum_from_scratch():
     for module in fd.freeze(model.train(), [name for name in model.state_dict() if ".body." in name], args):
         module.eval()  # stochastic depth, too
     assert not any(module.training for module in model.backbone.body.modules()) and model.head.training
+    model, args = detector("fasterrcnn", strategy="off-the-shelf")  # as of COCO's weights: all but the last layer
+    still = fd.freeze(model, [name for name in model.state_dict() if not fd.HEAD.search(name)], args)
+    assert model.rpn.head in still and model.rpn not in still  # it proposes less in evaluation mode
     model, args = detector("fcos", strategy="scratch")
     assert fd.freeze(model, [], args) == []
     assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
@@ -707,7 +710,7 @@ MISTAKES = [
     ("{data} {train} --arch fcos --weights x.pth", "x.pth: no file (Darknet's yolov3.weights) nor IMAGENET1K_V1"),
     ("{data} {train} --arch fastrcnn", "--arch fastrcnn needs a file of --proposals"),
     ("{data} {train} --arch fastrcnn --weights none --proposals xywh.json", "a box ends before it begins: [40, 20, 10"),
-    ("{data} {train} --arch fastrcnn --weights none --proposals empty.json", "no path is of an image in"),
+    ("{data} {train} --arch fastrcnn --weights none --proposals empty.json", "none is of an image in"),
     ("{data} {train} --arch fastrcnn --weights none --proposals bare.csv", "not {path: [[xmin, ymin, xmax"),
     ("{data} {train} --weights none --strategy off-the-shelf", "there are no weights to keep"),
     ("{data} {train} --unfreeze-from layer3 --strategy scratch", "--unfreeze-from is for --strategy fine-tune"),

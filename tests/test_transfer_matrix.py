@@ -19,7 +19,7 @@ GAME, OTHER = "catch_env:Catch-v0", "catch_env:Catch-v3"
 PAIR = ("DDQN", "fine-tuning", "Catch-v3", "Catch-v0")
 
 
-def write(logdir, env_id, steps, values, seed=1, source=None, exp_name="ddqn_atari", metric=METRIC, **flags):
+def write(logdir, env_id, steps, values, seed=1, source=None, exp_name="ddqn_atari", metric=METRIC, begin=0, **flags):
     """An event file as the Atari scripts write it, and an empty checkpoint; returns their folder."""
     start = {"pretrained": "source.pt", "pretrained_env_id": source} if source else {}
     flags = {"algorithm": "DDQN", "double": True, "total_timesteps": int(max(steps))} | start | flags
@@ -27,7 +27,7 @@ def write(logdir, env_id, steps, values, seed=1, source=None, exp_name="ddqn_ata
     folder = Path(logdir) / f"{len(list(Path(logdir).glob('*'))):04d}"
     with SummaryWriter(folder) as writer:
         rows = "\n".join(f"|{name}|{value}|" for name, value in flags.items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", begin)
         for step, value in zip(steps, values):
             writer.add_scalar(f"{metric}_std", 9.0, int(step))  # a tag that begins like the metric
             writer.add_scalar(metric, float(value), int(step))
@@ -198,6 +198,7 @@ def test_algorithms_and_modes_come_from_the_hyper_parameters(tmp_path):
         ({"double": False}, "DQN", "fine-tuning"), ({}, "DDQN", "fine-tuning"),
         ({"algorithm": "DQV-Max"}, "DQV-Max", "fine-tuning"), ({"dueling": True}, "Dueling DDQN", "fine-tuning"),
         ({"freeze_features": True}, "DDQN", "only-head"), ({"pretrained_head": "head.pt"}, "DDQN", "hybrid"),
+        ({"pretrained_head": "head.pt", "freeze_features": True}, "DDQN", "hybrid, features frozen"),
         ({"keep_head": True}, "DDQN", "fine-tuning, head kept"),
         ({"head_fraction": 0.2}, "DDQN", "fine-tuning, 0.2 of the head"),
         ({"pretrained_pretrained": "a.pt"}, "DDQN", "fine-tuning, of a transferred run"),
@@ -224,13 +225,13 @@ def test_reading_equals_tensorboard_s_own_reader(tmp_path):
 
 def test_broken_runs_are_named_and_the_others_have_their_table(tmp_path):
     write(tmp_path, GAME, [0, 50, 100], [1, 1, 1])
-    whole = write(tmp_path, GAME, [0, 50, 100], [1, 1, 1], seed=2)
+    older, whole = (write(tmp_path, GAME, [0, 50, 100], [1, 1, 1], seed=2) for _ in range(2))
     growing = write(tmp_path, GAME, [0, 50], [1, 1], seed=3, total_timesteps=100)
     nothing = write(tmp_path, GAME, [0, 50, 100], [1, 1, 1], seed=4, metric="charts/other")
     seed = write(tmp_path, GAME, [0, 100], [1, 1], seed="x")
     total = write(tmp_path, GAME, [0, 100], [1, 1], total_timesteps="y")
     infinite = write(tmp_path, GAME, [0, 100], [1, np.nan], seed=5)
-    rest = write(tmp_path, GAME, [90, 100], [1, 1], seed=6)  # of a checkpoint that was copied and resumed there
+    rest = write(tmp_path, GAME, [60, 100], [1, 1], seed=6, begin=50)  # of a checkpoint copied and resumed there
     (file,) = whole.glob("*tfevents*")
     garbled = bytearray(file.read_bytes())
     begin = garbled.index(b"\n%c%b" % (len(METRIC), METRIC.encode()))  # of the tag
@@ -245,13 +246,16 @@ def test_broken_runs_are_named_and_the_others_have_their_table(tmp_path):
     row = next(row for row in csv.DictReader(done.stdout.splitlines()) if row["game"] == "Catch-v0")
     assert row["DDQN, n"] == "2" and row["DDQN, ours"] == "1.00 [1.00, 1.00]"
     lines = dict(line.removeprefix(f"skipped '{tmp_path}/").split("': ", 1) for line in done.stderr.splitlines())
-    assert len(lines) == 12 and lines["new\\nline"].startswith("control characters in the folder's name")
+    assert lines[older.name] == "one with the same flags is newer"
+    assert len(lines) == 13 and lines["new\\nline"].startswith("control characters in the folder's name")
     for name in ("empty", "text", "huge"):
         assert lines[name] == "it has logged no hyper-parameters with algorithm, env_id, seed and exp_name"
     assert lines["garbled"] and "'x'" in lines[seed.name] and "'y'" in lines[total.name]
     assert lines["cut"] == lines[growing.name] == "incomplete, 50 of 100 steps"
     assert lines[nothing.name] == f"no {METRIC} in it" and "not finite" in lines[infinite.name]
-    assert lines[rest.name] == f"{METRIC} begins at step 90 of 100"
+    assert lines[rest.name] == "it begins at step 50: the rest of a run that was resumed elsewhere"
+    games = write(tmp_path / "games", GAME, [10, 99.5], [1, 1], metric="charts/episodic_return", total_timesteps=100)
+    assert not tm.read_run(str(games), ["charts/episodic_return"]).lacks("charts/episodic_return")
     assert "no complete run" in refused("transfer_matrix.py", "table", "--logdir", tmp_path / "none", cwd=tmp_path)
 
 
@@ -321,7 +325,9 @@ def test_a_plan_tells_other_flags_apart(tmp_path):
     assert "runs that fit differ in learning_rate: say it in --args" in refused
     assert f"those of --targets too: {OTHER}" in planned(tmp_path, "source", "--targets", OTHER, games=[GAME])
     write(tmp_path / "runs", GAME, [100], [1], learning_rate=1)  # a single evaluation: nothing goes on with that
-    assert "begins at step 100 of 100" in planned(tmp_path, "source", "--args=--learning-rate 1", games=[GAME])
+    assert "has one point, or is not finite; move it away" in planned(
+        tmp_path, "source", "--args=--learning-rate 1", games=[GAME]
+    )
     write(tmp_path / "runs", GAME, [0, 100], [1, 1], algorithm="DDQN", exp_name="my_ddqn")
     assert planned(tmp_path, "source", script="my_ddqn.py", games=[GAME]) == []
 
