@@ -103,7 +103,7 @@ BOUNDS = {
     "learning_starts": (0, 1e18), "eval_frequency": (0, 1e18), "checkpoint_frequency": (0, 1e18),
 }  # fmt: skip
 
-# What --resume cannot change: the state would not fit, or the run be two experiments
+# What --resume cannot change: the state would not fit, or the run would become two experiments
 FIXED = """env_id seed exp_name repeat_action_probability full_action_space life_loss_terminal maxpool double dueling
     architecture narrow gamma terminal optimizer v_optimizer pretrained pretrained_head keep_head head_fraction
     freeze_features learning_starts train_frequency""".split()
@@ -120,8 +120,8 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     """
     try:
         if args.env_id.startswith("ALE/"):
-            # The learner clips rewards, since the score is what we report. It reads lost lives from `info`, because
-            # `episodic_life` would restart the game, and `life_loss_info` not tell a lost life from the game's end.
+            # The learner clips rewards (the score is what we report) and reads lost lives from `info`: `episodic_life`
+            # would restart the game, and `life_loss_info` would not tell a lost life from the game's end.
             return AtariVectorEnv(
                 gym.spec(args.env_id).kwargs["game"], num_envs, autoreset_mode=AutoresetMode.NEXT_STEP, frameskip=4,
                 max_num_frames_per_episode=108_000, repeat_action_probability=args.repeat_action_probability,
@@ -141,7 +141,7 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
 def action_meanings(args: Args, envs: gym.vector.VectorEnv) -> list[str]:
     """What each action does: a head fits another game only where these are equal."""
     if isinstance(envs, AtariVectorEnv):
-        return [str(action).split(".")[-1] for action in envs.ale.get_action_set()]
+        return [action.name for action in envs.ale.get_action_set()]
     if hasattr(envs, "get_action_meanings"):
         return envs.get_action_meanings()
     return [f"{args.env_id} {action}" for action in range(envs.single_action_space.n)]
@@ -198,9 +198,9 @@ def learn(batch, gamma: float, q_network, v_network, target_network, optimizer, 
 
 
 class RMSprop(torch.optim.Optimizer):
-    """Centred RMSprop as of Mnih et al. (2015), equal to torch's to the last bit in half of its time on a CPU.
+    """Centred RMSprop as of Mnih et al. (2015): bit for bit torch's, at twice its speed on a CPU and without its NaN.
 
-    Their epsilon of 0.01 is under the root, and their gradients are sums over the batch of 32, ours are means.
+    Their epsilon of 0.01 is under the root, their gradients are sums over 32; ours are means, epsilon beside the root.
     """
 
     def __init__(self, parameters, lr: float, decay: float = 0.95, eps: float = 0.01**0.5 / 32):
@@ -231,52 +231,52 @@ def make_optimizer(args: Args, name: str, network: nn.Module, learning_rate: flo
 class Replay:
     """Uniform replay memory on `device` that stores each 84x84 frame once and rebuilds the stacks of 4 when sampling.
 
-    Frames are a ring of rows, a row a step and a slot a game; transitions that may be drawn are a ring of their own.
-    An autoreset takes a slot, its frame begins an episode, but is no transition; so a truncated episode's last frame
-    is there to bootstrap from. `stage` copies a step to the device; CUDA graphs can hold all that happens there.
+    `frames` is a ring of rows, a row a step and a slot a game; `transitions` is a ring of its own that points into it.
+    An autoreset fills a slot (its frame begins an episode) but adds no transition, so that a truncated episode keeps
+    its last frame to bootstrap from. `stage` copies a step to the device; CUDA graphs can hold all that happens there.
     """
 
     def __init__(self, capacity: int, num_envs: int, device: torch.device):
-        # Not to be drawn: the newest row, whose successor is yet to come, and three whose stacks are overwritten.
-        self.rows, self.num_envs = -(-capacity // num_envs) + 4, num_envs
-        self.slots = self.rows * num_envs
-        # Empty: a CPU gives memory to the frames that are written, and what was not is masked.
+        # 4 rows cannot be drawn: the newest lacks its next frame, of the 3 oldest earlier frames are overwritten
+        rows = -(-capacity // num_envs) + 4  # capacity rounded up to whole rows
+        self.num_envs, self.slots = num_envs, rows * num_envs
+        # torch.empty: a CPU hands out memory as frames are written; `sample` blanks those that never were
         self.frames = torch.empty((self.slots, 84 * 84), dtype=torch.uint8, device=device)
-        # columns: slot, action, reward, done, age (earlier frames of the episode, at most 3); last line: a waste bin
+        # columns: slot, action, reward, done, age (earlier frames of the episode, at most 3); last row: a waste bin
         self.transitions = torch.empty((self.slots + 1, 5), dtype=torch.float64, device=device)
-        self.row, self.age = -1, np.zeros(num_envs)
-        self.totals = deque([0], maxlen=self.rows - 3)  # transitions until the end of each row
-        # the newest observations; for each game: place in `transitions`, the five columns, new slot, 1 if it goes on
-        self.obs = torch.zeros((num_envs, 4, 84, 84), dtype=torch.uint8, device=device)
-        self.facts = torch.zeros((num_envs + 1, 8), dtype=torch.float64, device=device)  # last line: first, count
+        self.newest, self.age = np.arange(-num_envs, 0), np.zeros(num_envs)  # slots of the newest frames, their ages
+        self.totals = deque([0], maxlen=rows - 3)  # transitions until the end of each row
+        self.obs = torch.zeros((num_envs, 4, 84, 84), dtype=torch.uint8, device=device)  # the newest observations
+        # a row a game: row of `transitions`, its five columns, newest slot, 1 while it plays; last row: oldest, count
+        self.staged = torch.zeros((num_envs + 1, 8), dtype=torch.float64, device=device)
+        self.playing = self.staged[:-1, 7]
         self.offsets = torch.arange(-3, 2, device=device) * num_envs
         self.needed_age = torch.arange(3, 0, -1, device=device)
 
     def stage(self, actions, rewards, dones, obs, restarted, playing) -> None:
         """Bring a step, arrays `(num_envs, ...)`, to the device; `restarted` marks autoresets (at the start, all)."""
-        places = np.where(restarted, self.slots, (self.totals[-1] + np.cumsum(~restarted) - 1) % self.slots)
+        entries = np.where(restarted, self.slots, (self.totals[-1] + np.cumsum(~restarted) - 1) % self.slots)
         self.totals.append(self.totals[-1] + int((~restarted).sum()))
         self.count = self.totals[-1] - self.totals[0]  # that may be drawn
-        slots, self.row = self.row * self.num_envs + np.arange(self.num_envs), (self.row + 1) % self.rows
-        new_slots = self.row * self.num_envs + np.arange(self.num_envs)
-        facts = np.stack((places, slots, actions, rewards, dones, self.age, new_slots, playing), axis=1)
-        facts = np.vstack((facts, [self.totals[0] % self.slots, self.count, 0, 0, 0, 0, 0, 0]))
-        for mine, array in ((self.obs, obs), (self.facts, facts)):
+        slots, self.newest = self.newest, (self.newest + self.num_envs) % self.slots
+        staged = np.stack((entries, slots, actions, rewards, dones, self.age, self.newest, playing), axis=1)
+        staged = np.vstack((staged, [self.totals[0] % self.slots, self.count, 0, 0, 0, 0, 0, 0]))
+        for tensor, array in ((self.obs, obs), (self.staged, staged)):
             host = torch.from_numpy(array)
-            mine.copy_(host.pin_memory() if mine.is_cuda else host, non_blocking=True)
+            tensor.copy_(host.pin_memory() if tensor.is_cuda else host, non_blocking=True)
         self.age = np.where(restarted, 0, np.minimum(self.age + 1, 3))
 
     def store(self) -> None:
         """Complete the newest row with what was staged, and begin the next one with the newest frames."""
-        self.transitions[self.facts[:-1, 0].long()] = self.facts[:-1, 1:6]
-        self.frames[self.facts[:-1, 6].long()] = self.obs[:, -1].flatten(1)
+        self.transitions[self.staged[:-1, 0].long()] = self.staged[:-1, 1:6]
+        self.frames[self.staged[:-1, 6].long()] = self.obs[:, -1].flatten(1)
 
     def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
         """obs uint8 `(B, 4, 84, 84)`, actions int64, rewards float32, next_obs like obs, dones bool, all `(B, ...)`."""
-        first, count = self.facts[-1, :2].unbind()
+        oldest, count = self.staged[-1, :2].unbind()
         # From [0, 1) and a tensor, not randint: a captured graph would freeze randint's upper bound.
         ranks = torch.rand(batch_size, dtype=torch.float64, device=self.frames.device) * count
-        slots, actions, rewards, dones, ages = self.transitions[(first + ranks).long() % self.slots].unbind(dim=1)
+        slots, actions, rewards, dones, ages = self.transitions[(oldest + ranks).long() % self.slots].unbind(dim=1)
         slots = (slots.long()[:, None] + self.offsets) % self.slots
         frames = self.frames.index_select(0, slots.flatten())  # copies rows: ten times as fast as self.frames[...]
         frames = frames.view(batch_size, 5, 84, 84)  # 3 before, the newest of obs, the newest of next_obs
@@ -296,8 +296,10 @@ def evaluate(args: Args, envs, q_network: nn.Module, look: Callable, seed: int, 
     rng, device, layers = np.random.default_rng(seed), next(q_network.parameters()).device, {}
     hooks = [q_network.network[i].register_forward_hook(lambda *io, i=i: layers.update({i: io[2]})) for i in (5, 8)]
     obs, infos = envs.reset(seed=seed)
-    playing, returns, balls, steps, pictures = np.ones(envs.num_envs, bool), 0.0, np.zeros(2), [], []
-    lives, highest, norms, gram = infos.get("lives", ~playing), 0.0, 0.0, 0.0
+    playing, returns = np.ones(envs.num_envs, bool), np.zeros(envs.num_envs)
+    lives = infos.get("lives", returns)  # games without lives lose none
+    highest, norms, gram = 0.0, 0.0, 0.0  # maxima of all outputs; sums over the visited states
+    balls, steps, pictures = np.zeros(2), [], []  # balls: caught, all
     while playing.any():
         greedy, values = look(torch.from_numpy(obs).to(device))
         visited = torch.from_numpy(np.flatnonzero(playing)).to(device)
@@ -307,11 +309,11 @@ def evaluate(args: Args, envs, q_network: nn.Module, look: Callable, seed: int, 
         if gif and playing[0] and len(pictures) < 5_000:  # Pillow keeps them all
             pictures.append(Image.fromarray(obs[0, -1].repeat(3, 0).repeat(3, 1)))
         explore = rng.random(envs.num_envs) < args.eval_epsilon
-        actions = rng.integers(envs.single_action_space.n, size=envs.num_envs)
-        actions[~explore] = greedy.cpu().numpy()[~explore]
+        actions = np.where(explore, rng.integers(envs.single_action_space.n, size=envs.num_envs), greedy.cpu().numpy())
         obs, rewards, terminations, truncations, infos = envs.step(actions)
-        over, life_lost = terminations | truncations, infos.get("lives", lives) < lives
-        lives, cuts = infos.get("lives", lives), over | life_lost & (args.life_loss_terminal and args.terminal)
+        over = terminations | truncations
+        lives_before, lives = lives, infos.get("lives", lives)
+        cuts = over | (lives < lives_before) & (args.life_loss_terminal and args.terminal)
         steps.append((playing, np.clip(rewards, -1, 1), cuts, *(value.cpu().numpy() for value in values.values())))
         returns = returns + rewards * playing
         if "caught" in infos:
@@ -322,16 +324,17 @@ def evaluate(args: Args, envs, q_network: nn.Module, look: Callable, seed: int, 
     if gif:
         pictures[0].save(f"{gif}.tmp", "GIF", save_all=True, append_images=pictures[1:], duration=67)  # 15 steps/s
         os.replace(f"{gif}.tmp", gif)
-    playing, rewards, cuts, *columns = (np.stack(column) for column in zip(*steps))
-    to_go = np.zeros((len(rewards) + 1, envs.num_envs))
-    for t in reversed(range(len(rewards))):
-        to_go[t] = rewards[t] + args.gamma * to_go[t + 1] * ~cuts[t]
+    played, clipped, cuts, *columns = (np.stack(column) for column in zip(*steps))  # each `(steps, games)` from here on
+    to_go = np.zeros((len(clipped) + 1, envs.num_envs))
+    for t in reversed(range(len(clipped))):
+        to_go[t] = clipped[t] + args.gamma * to_go[t + 1] * ~cuts[t]
     scalars = {"episodic_return": np.mean(returns), "episodic_return_std": np.std(returns)}
     for name, column in zip((*values, "discounted_return"), (*columns, to_go[:-1])):
-        scalars[name] = column[playing].mean()
-    spectrum = torch.linalg.eigvalsh(gram.cpu().nan_to_num(0, 0, 0)).clamp(min=0).sqrt().flip(0).cumsum(0)
-    scalars |= {"dead_units": (highest <= 0).float().mean(), "feature_norm": norms / playing.sum()}
-    scalars["feature_rank"] = 1 + (spectrum < 0.99 * spectrum[-1]).sum()
+        scalars[name] = column[played].mean()
+    # nan_to_num: eigvalsh would raise where a network has diverged, which the next log says in a sentence
+    cumulated = torch.linalg.eigvalsh(gram.cpu().nan_to_num(0, 0, 0)).clamp(min=0).sqrt().flip(0).cumsum(0)
+    scalars |= {"dead_units": (highest <= 0).float().mean(), "feature_norm": norms / played.sum()}
+    scalars["feature_rank"] = 1 + (cumulated < 0.99 * cumulated[-1]).sum()
     scalars |= {"caught": balls[0] / balls[1]} if balls[1] else {}
     return {name: float(value) for name, value in scalars.items()}
 
@@ -385,7 +388,7 @@ def transfer(args: Args, networks: dict[str, nn.Module], source: dict, meanings:
         if args.head_fraction and key in source:
             same_actions = source.get("action_meanings") == meanings
             fits = [name for name in head if same_actions or len(body[name]) == 1]  # a state's value fits every game
-            for name in fits:  # into the network, whose memory it is
+            for name in fits:  # in place: a state_dict shares the memory of its network
                 state[name] += args.head_fraction * body[name].to(state[name])
             print(f"{key}: {', '.join(fits) or 'nothing'} of its head, x {args.head_fraction}, added to the new one")
 
@@ -410,7 +413,8 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=about)
     trusted = "catch_env", args.env_id.split(":")[0]  # modules that a checkpoint may name
     checkpoint = load_checkpoint(args.evaluate or args.resume)
-    path, source = checkpoint.get("path"), {} if checkpoint else load_checkpoint(args.pretrained)
+    path = checkpoint.get("path")
+    source = {} if checkpoint else load_checkpoint(args.pretrained)
     saved = {name: value for name, value in checkpoint.get("args", {}).items() if name in vars(args)}
     defaults = {} if saved.get("env_id", args.env_id).startswith("ALE/") else SMALL_GAME
     args = tyro.cli(Args, default=Args(**defaults | saved))  # the command line wins over the checkpoint
@@ -418,8 +422,8 @@ if __name__ == "__main__":
         fail(f"{path} plays {args.env_id}, which imports a module: say --env-id {args.env_id} if you trust it")
     if args.resume and (checkpoint.get("algorithm") != ALGORITHM or "optimizer" not in checkpoint):
         fail(f"{path} is no run of {ALGORITHM} to resume; --pretrained takes its layers into a new run")
-    for name in FIXED if args.resume else ():
-        if name in saved and getattr(args, name) != saved[name]:
+    for name in FIXED:
+        if args.resume and name in saved and getattr(args, name) != saved[name]:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {path} goes on with {saved[name]}")
     if args.resume and checkpoint["global_step"] >= args.total_timesteps:
         fail(f"{path} has made its {args.total_timesteps:,} steps; with more --total-timesteps it goes on")
@@ -434,8 +438,8 @@ if __name__ == "__main__":
     if args.learning_starts > args.total_timesteps and not args.evaluate:
         fail(f"--learning-starts {args.learning_starts} is beyond --total-timesteps {args.total_timesteps}")
     heads = [args.keep_head, args.head_fraction > 0, bool(args.pretrained_head)]
-    if max(args.freeze_features, sum(heads)) > bool(args.pretrained):
-        fail("--freeze-features and one of --keep-head, --head-fraction, --pretrained-head need a --pretrained run")
+    if sum(heads) > 1 or (not args.pretrained and (args.freeze_features or any(heads))):
+        fail("--freeze-features and either --keep-head, --head-fraction or --pretrained-head need a --pretrained run")
 
     # TRY NOT TO MODIFY: device and seeding
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
@@ -446,7 +450,7 @@ if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")
 
     def seed_for(*purpose: int) -> int:
-        """A seed of its own for each purpose; those of run 2 must not be those of run 1 shifted by one."""
+        """For games (0), evaluation (1), new heads (2), resumed draws (3); seed 2's are not seed 1's shifted by one."""
         return int(np.random.SeedSequence((args.seed, *purpose)).generate_state(1)[0] >> 2)
 
     # a new head must not be the one that a source of the same seed, or the source's source, began with
@@ -516,10 +520,10 @@ if __name__ == "__main__":
     table = "\n".join(f"|{name}|{value}|" for name, value in facts.items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", global_step)
 
-    # TRY NOT TO MODIFY: the state of the run: load, then go on; a resumed run fills its memory anew, not counted
+    # TRY NOT TO MODIFY: the state of the run; a resumed one first refills its memory, in `refill` steps not counted
     updates, refill = checkpoint.get("updates", 0), min(global_step, args.learning_starts)
     rng = np.random.default_rng((args.seed, global_step))  # of the behaviour policy; torch's draws the batches
-    if path:
+    if path:  # the moments, not the param_groups: a learning rate given anew must hold
         torch.manual_seed(seed_for(3, global_step))
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint[name]["state"]})
@@ -532,8 +536,7 @@ if __name__ == "__main__":
         rb.store()
         max_q, actions = q_network(rb.obs).max(dim=1)
         greedy.copy_(actions)
-        playing = rb.facts[:-1, 7]
-        sums[-2:] += torch.stack(((max_q * playing).sum(), playing.sum()))
+        sums[-2:] += torch.stack(((max_q * rb.playing).sum(), rb.playing.sum()))
 
     # ALGO LOGIC: training, on the device
     def update() -> None:
@@ -560,12 +563,14 @@ if __name__ == "__main__":
             fail(f"cannot write {checkpoint_path}: {error}")
 
     # TRY NOT TO MODIFY: start the game
-    playing, zeros, on_the_ale = np.ones(args.num_envs, bool), np.zeros(args.num_envs), isinstance(envs, AtariVectorEnv)
+    on_the_ale, eval_envs = isinstance(envs, AtariVectorEnv), None
+    playing, zeros = np.ones(args.num_envs, bool), np.zeros(args.num_envs)
     rb.stage(zeros, zeros, zeros, obs, restarted=playing, playing=playing)  # all begin
-    returns, lengths, recent, lives = zeros.copy(), zeros.copy(), deque(maxlen=20), infos.get("lives", zeros)
-    duration, eval_envs, previous_step = max(1, args.exploration_fraction * args.total_timesteps), None, global_step
-    learning, phase_step, phase_start = False, global_step, time.perf_counter()  # of SPS and ETA
-    line_time = phase_start
+    returns, lengths, lives = zeros, zeros, infos.get("lives", zeros)
+    recent = deque(maxlen=20)  # returns of the last games, for the console
+    exploration_steps = max(1, args.exploration_fraction * args.total_timesteps)
+    learning, previous_step, phase_step = False, global_step, global_step  # phases of SPS: before learning, learning
+    phase_start = line_time = time.perf_counter()
 
     def reached(every: int) -> bool:
         return every > 0 and global_step // every > previous_step // every
@@ -577,7 +582,7 @@ if __name__ == "__main__":
         while global_step < args.total_timesteps:
             # TRY NOT TO MODIFY: epsilon-greedy actions, random ones before learning unless a head was transferred
             learning_step = global_step - args.learning_starts
-            epsilon = float(np.interp(learning_step, [0, duration], [args.start_e, args.end_e]))
+            epsilon = float(np.interp(learning_step, [0, exploration_steps], [args.start_e, args.end_e]))
             if learning_step < 0 and not (args.keep_head or args.pretrained_head):
                 epsilon = 1.0
             explore = rng.random(args.num_envs) < epsilon  # each game draws for itself
@@ -599,10 +604,11 @@ if __name__ == "__main__":
 
             # TRY NOT TO MODIFY: save data to replay buffer
             obs, rewards, terminations, truncations, infos = envs.recv() if on_the_ale else envs.step(actions)
-            restarted, playing, life_lost = ~playing, ~(terminations | truncations), infos.get("lives", lives) < lives
-            dones = (terminations | life_lost & args.life_loss_terminal) & args.terminal
+            restarted, playing = ~playing, ~(terminations | truncations)
+            lives_before, lives = lives, infos.get("lives", lives)
+            dones = (terminations | (lives < lives_before) & args.life_loss_terminal) & args.terminal
             rb.stage(actions, np.clip(rewards, -1, 1), dones, obs, restarted, playing)
-            lives, steps = infos.get("lives", lives), int((~restarted).sum())  # an autoreset is no step
+            steps = int((~restarted).sum())  # an autoreset is no step
             previous_step, global_step = global_step, global_step + (0 if refill else steps)
             refill, finished = max(0, refill - steps), global_step >= args.total_timesteps
 
@@ -612,22 +618,22 @@ if __name__ == "__main__":
 
             # TRY NOT TO MODIFY: record rewards for plotting purposes
             returns, lengths = (returns + rewards) * ~restarted, (lengths + 1) * ~restarted
-            for i in np.flatnonzero(~playing) if global_step > previous_step else ():
+            for i in np.flatnonzero(~playing & (global_step > previous_step)):  # none while refilling
                 writer.add_scalar("charts/episodic_return", returns[i], global_step)
                 writer.add_scalar("charts/episodic_length", lengths[i], global_step)
                 recent.append(returns[i])
             now = time.perf_counter()
             if refill:
                 sums.zero_()
-            if learning != (updates > 0 and not refill):
-                learning, phase_step, phase_start = not learning, global_step, now
+            if updates and not refill and not learning:
+                learning, phase_step, phase_start = True, global_step, now
             sps = (global_step - phase_step) / max(now - phase_start, 1e-9)
             if now - line_time > 10:
-                seconds = (args.total_timesteps - global_step) / sps if learning and sps else None
-                left = timedelta(seconds=int(seconds)) if seconds else "once learning"
+                steps_left = max(0, args.total_timesteps - global_step)
+                left = timedelta(seconds=int(steps_left / sps)) if learning and sps else "once learning"
                 score = f"{np.mean(recent):.2f}" if recent else "none yet"
                 print(f"step {global_step:,}/{args.total_timesteps:,}  SPS {sps:,.0f}  ETA {left}  return {score}  "
-                      f"epsilon {epsilon:.3f}{f'  refilling: {refill:,}' * (refill > 0)}", flush=True)  # fmt: skip
+                      f"epsilon {epsilon:.3f}{f'  refilling: {refill:,}' if refill else ''}", flush=True)  # fmt: skip
                 line_time = now
             if reached(1_000) or finished:
                 *losses, n_updates, max_q, n_states = sums.tolist()  # the only place where logging waits
@@ -655,9 +661,9 @@ if __name__ == "__main__":
         # signals often come in pairs, to the process and to its group
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        global_step = previous_step  # what the interrupted step has to log, to copy and to evaluate is made anew
+        global_step = previous_step  # so that --resume repeats what the interrupted step logs, copies, evaluates
         save()
-        sys.stdout = sys.stderr
+        sys.stdout = sys.stderr  # Python flushes sys.stdout at exit, which fails again where it is a closed pipe
         print(f"stopped at step {global_step:,}; python {os.path.basename(__file__)} --resume {run_dir} "
               f"--env-id {args.env_id} goes on")  # fmt: skip
         sys.exit(130)

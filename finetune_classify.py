@@ -64,7 +64,7 @@ class Args:
 
     # The network
     arch: str = "resnet50"  # a classifier of torchvision, `xception` or `timm:NAME` (both need `pip install timm`)
-    strategy: Literal["off-the-shelf", "fine-tune", "scratch"] = "fine-tune"  # new last layer, all, all from random
+    strategy: Literal["off-the-shelf", "fine-tune", "scratch"] = "fine-tune"  # train the last layer, all, all anew
     weights: str = "IMAGENET1K_V1"  # torchvision's name of the weights, a file with a state dict, or `none`
     pretrained: str | None = None  # run (folder or checkpoint) to start from instead, all but its heads
     unfreeze_from: str | None = None  # fine-tune from this module on (`layer4`) and leave all before it frozen
@@ -73,7 +73,7 @@ class Args:
     epochs: int = 100  # passes over the training images, unless --patience ends training first
     patience: int = 7  # epochs without a lower validation loss after which training ends
     batch_size: int = 32  # images per update
-    optimizer: Literal["sgd", "rmsprop", "adam"] | None = None  # (None: as the papers, RMSprop off-the-shelf or SGD)
+    optimizer: Literal["sgd", "rmsprop", "adam"] | None = None  # (None: the papers', RMSprop off-the-shelf, else SGD)
     learning_rate: float = 1e-3  # the learning rate of the optimizer
     momentum: float = 0.9  # of SGD
     nesterov: bool = True  # of SGD; the paper has it, the authors' code has not
@@ -87,8 +87,8 @@ class Args:
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 SPLITS = ("train", "val", "test")
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # that a scheduler gives
-CHECKPOINT = ("args", "classes", "preprocessing", "model", "last", "optimizer")  # what one of this script has
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # allowed to this process
+CHECKPOINT = ("args", "classes", "preprocessing", "model", "last", "optimizer")  # keys of this script's checkpoints
 MISSING = -100  # the class of a missing label, as torch's cross entropy has it
 
 
@@ -183,7 +183,7 @@ def read_torchvision(args: Args) -> tuple[list[dict], dict[str, Dataset]]:
 
 
 def split_data(args: Args, rows: list[dict], trained: dict | None = None) -> tuple[list[dict], dict[str, list[str]]]:
-    """Rows with their split, and the classes of every task, those in all splits or `trained`; other labels go."""
+    """Rows with their split, and each task's classes: those in all splits, or `trained` ones; labels of others go."""
     tasks, given = [name for name in rows[0] if name not in ("path", "split")], {row["split"] for row in rows}
     if trained and tasks != list(trained):
         fail(f"the network's labels are {', '.join(trained)}, not {', '.join(tasks)}: see --label-column")
@@ -197,18 +197,19 @@ def split_data(args: Args, rows: list[dict], trained: dict | None = None) -> tup
             print(f"--split-file: {len(gone):,} of its images are not there; {len(new):,} are not in it, left out")
         rows = [row | {"split": saved[row["path"]]} for row in rows if row["path"] in saved]
     elif not set(SPLITS) <= given:
-        rng, groups, new = np.random.default_rng(args.seed), defaultdict(list), sorted({"test", "val"} - given)
+        rng, groups, drawn = np.random.default_rng(args.seed), defaultdict(list), sorted({"test", "val"} - given)
         for row in (row for row in rows if row["split"] in ("", "train")):
             groups[row[tasks[0]] if args.stratify else ""].append(row)
         for _, group in sorted(groups.items()):
             tenth = max(round(len(group) / 10), int(len(group) >= 3))  # three images: one in each split
             for i, member in enumerate(rng.permutation(len(group))):
-                group[member]["split"] = new[i // tenth] if i < tenth * len(new) else "train"
+                group[member]["split"] = drawn[i // tenth] if i < tenth * len(drawn) else "train"
     classes = {}
     for task in tasks:
         by_split = [{row[task] for row in rows if row["split"] == split} for split in SPLITS]
         classes[task] = trained[task] if trained else sorted(set.intersection(*by_split) - {""})
-        for row in (dropped := [row for row in rows if row[task] not in ("", *classes[task])]):
+        dropped = [row for row in rows if row[task] not in ("", *classes[task])]
+        for row in dropped:
             row[task] = ""
         where = "the network" if trained else "all of train, val and test"
         if dropped:
@@ -317,7 +318,7 @@ def make_trunk(arch: str, weights: str, image_size: int | None, random=False) ->
     if arch.startswith("vit") and "encoder.pos_embedding" in state:
         state = models.vision_transformer.interpolate_embeddings(trunk.image_size, trunk.patch_size, state)
     state = OrderedDict(state)
-    state._metadata = {"": {"version": 2}}  # MNASNets ask for it; parts without one rename what older files have
+    state._metadata = {"": {"version": 2}}  # MNASNet asks for its version; modules without one rename older files' keys
     try:
         wrong = trunk.load_state_dict(state, strict=False).missing_keys
     except RuntimeError as error:  # of shapes, a line each
@@ -343,8 +344,11 @@ class Classifier(nn.Module):
         modules = dict(self.trunk.named_modules())
         if until and until not in modules:
             fail(f"--unfreeze-from {until}: no such layers, but {', '.join(dict(self.trunk.named_children()))}")
-        for name, module in list(modules.items())[: list(modules).index(until) if until else None]:
-            self.frozen += [] if until and f"{until}.".startswith(f"{name}.".lstrip(".")) else [module]
+        for name, module in modules.items():
+            if until and name == until:
+                break
+            if not (until and until.startswith(f"{name}." if name else "")):  # it does not contain `until`
+                self.frozen.append(module)
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
 
@@ -517,7 +521,7 @@ def saliency_maps(model: Classifier, images: torch.Tensor) -> tuple[torch.Tensor
     for size in sorted(rectified):
         mask = spread(F.interpolate(mask, size, mode="bilinear") * torch.stack(rectified[size]).mean(dim=0))
     mask = F.interpolate(mask, images.shape[2:], mode="bilinear")[:, 0]
-    # the zeros around an image make a frame that outshines all else: the brightest 2 % count as one
+    # zero padding leaves a frame that outshines all else: what is above the 98 % quantile counts as 1
     return cam, (mask / mask.flatten(1).quantile(0.98, dim=1).clamp(min=1e-12)[:, None, None]).clamp(max=1)
 
 
@@ -598,14 +602,14 @@ if __name__ == "__main__":
         rows = [row | {"split": "test"} for row in rows]
     if not args.predict:
         rows, classes = split_data(args, rows, classes)
-    targets, unreadable, table = {}, set(), None
+    targets, unreadable, cache = {}, set(), None  # cache: features or pixels of all images, once they are read
     for task, names in classes.items():
         numbers = {name: number for number, name in enumerate(names)}
         targets[task] = torch.tensor([numbers.get(row.get(task), MISSING) for row in rows], device=device)
 
     def members(split: str) -> torch.Tensor:
-        """Indices of the images of a split; unreadable ones go when the table is made, or from every batch anew."""
-        gone = unreadable if table is not None else ()
+        """A split's images. Until there is a cache unreadable ones stay in: a resumed run does not know them yet."""
+        gone = unreadable if cache is not None else ()
         return torch.tensor([i for i, row in enumerate(rows) if row["split"] == split and i not in gone]).long()
 
     sizes = [f"{len(members(split)):,} {split}" for split in SPLITS]
@@ -631,7 +635,7 @@ if __name__ == "__main__":
     model.bfloat16 = args.amp and on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.1  # small data would never reach the statistics of some that have 0.01 or less
+            module.momentum = 0.1  # with the 0.01 or less of some, statistics would not get to those of small data
     if frozen or args.unfreeze_from:
         model.freeze(args.unfreeze_from)
     pictures = Pictures(source, [row["path"] for row in rows], model.preprocessing)
@@ -641,12 +645,12 @@ if __name__ == "__main__":
         """Inputs (images, or features of a frozen network) and indices, on the device, of the images `order`."""
         begun = shown = time.perf_counter()
         done = 0
-        if table is not None:
-            loader = ((table[chosen], chosen, ()) for chosen in order.to(device).split(args.batch_size))
+        if cache is not None:
+            loader = ((cache[chosen], chosen, ()) for chosen in order.to(device).split(args.batch_size))
         else:  # with a generator of its own: the number of workers changes no other random draw
-            options = {"num_workers": min(workers, -(-len(order) // args.batch_size)), "generator": torch.Generator()}
-            options["pin_memory"] = on_cuda
-            loader = DataLoader(pictures, args.batch_size, sampler=order.tolist(), **options)
+            processes = min(workers, -(-len(order) // args.batch_size))  # no more than there are batches
+            loader = DataLoader(pictures, args.batch_size, sampler=order.tolist(), num_workers=processes,
+                                pin_memory=on_cuda, generator=torch.Generator())  # fmt: skip
         for inputs, chosen, errors in loader:
             if stops:
                 raise KeyboardInterrupt
@@ -662,7 +666,7 @@ if __name__ == "__main__":
                 yield inputs.to(device, non_blocking=True), chosen.to(device, non_blocking=True)
             if total and (now := time.perf_counter()) > shown + 10:
                 shown, rate = now, done / (now - begun)
-                left = f"ETA of the run {(total - done) / rate / 60:,.0f} min"
+                left = f"ETA {(total - done) / rate / 60:,.0f} min"
                 print(f"{title}: {done:,} images, {rate:,.0f} images/s, {left}", flush=True)
 
     # After training: predict, test, look
@@ -672,7 +676,8 @@ if __name__ == "__main__":
         if args.predict:
             found = [{"path": pictures.paths[i]} for i in indices]
             for task, values in logits.items():
-                for row, share, number in zip(found, *(best.tolist() for best in values.softmax(dim=1).max(dim=1))):
+                shares, numbers = values.softmax(dim=1).max(dim=1)
+                for row, share, number in zip(found, shares.tolist(), numbers.tolist()):
                     row |= {task: classes[task][number], f"{task}_probability": f"{share:.4f}"}
             write_csv(f"{beside}/predictions.csv", found)
             print(f"saved {len(found):,} predictions to {beside}/predictions.csv")
@@ -705,13 +710,14 @@ if __name__ == "__main__":
     room = room if args.cache_gb is None else args.cache_gb * 1e9
     if frozen or len(rows) * 3 * pictures.size**2 <= room:
         shape = (model.heads[0].in_features,) if frozen else (3, pictures.size, pictures.size)
-        cache = torch.zeros((len(rows), *shape), dtype=torch.float32 if frozen else torch.uint8, device=device)
+        filled = torch.zeros((len(rows), *shape), dtype=torch.float32 if frozen else torch.uint8, device=device)
         with torch.no_grad():
             for images, chosen in batches(torch.arange(len(rows)), "features" if frozen else "decoded", len(rows)):
-                cache[chosen] = model.eval().features(images) if frozen else images
-        table = cache
+                filled[chosen] = model.eval().features(images) if frozen else images
+        cache = filled  # not before: `batches` reads files while there is none
     optimizer = make_optimizer(args, model)
-    trained, size = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = sum(p.numel() for p in model.parameters())
     print(f"{args.arch}: {trained:,} of {size:,} parameters are trained, images of {pictures.size} pixels, on {device}")
 
     # TRY NOT TO MODIFY: the run's state and logs
@@ -774,7 +780,7 @@ if __name__ == "__main__":
     except (KeyboardInterrupt, Exception) as end:  # noqa: BLE001 a lost worker, a full GPU: nothing is lost
         save()
         print(f"stopped by {end!r}; python {sys.argv[0]} --resume {run_dir} goes on", file=sys.stderr)
-        sys.exit(130 if stops else 1)  # a signal to the group may end a worker first
+        sys.exit(130 if stops else 1)  # on a signal to the group a worker may die first, which raises something else
     for task, confusion in confusions.items():
         name = f"confusion_{task}.png" if len(confusions) > 1 else "confusion.png"
         save_figure(draw_confusion(confusion, classes[task], f"{task}, test images"), f"{run_dir}/{name}")

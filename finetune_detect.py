@@ -67,8 +67,8 @@ class Args:
     dataset: Literal["voc2007"] | None = None  # Pascal VOC 2007 in --data-dir (None: `data`)
     download: bool = False  # download --dataset first
     annotations: str | None = None  # COCO JSON, folder of VOC XML, or MINERVA's CSV, for training
-    val_annotations: str | None = None  # the same for validation (None: a quarter of those for training is)
-    test_annotations: str | None = None  # the same for the test at the end (None: a quarter, or, with validation, none)
+    val_annotations: str | None = None  # the same for validation (None: a quarter of the training images)
+    test_annotations: str | None = None  # the same for the test (None: another quarter, or none with --val-annotations)
     split_file: str | None = None  # split.csv of an earlier run to use again
     label_column: str = "instrument_name"  # column of a CSV with the classes; a code in brackets after them is cut off
     top_classes: int = 0  # learn the classes that are most frequent in training (0: all), as MINERVA's top-5
@@ -76,7 +76,7 @@ class Args:
     augmentation: Literal["none", "flip", "ssd"] = "flip"  # mirror images; `ssd`: and colours, zoom and crops
 
     # The detector
-    arch: str = "fasterrcnn_resnet50_fpn_v2"  # torchvision's, or yolov3, or one of FAMILIES on a --backbone
+    arch: str = "fasterrcnn_resnet50_fpn_v2"  # of torchvision, or yolov3, fasterrcnn, fastrcnn, retinanet, fcos
     backbone: str | None = None  # classifier of torchvision (None: resnet50; under yolov3 its own, darknet53)
     strategy: Literal["fine-tune", "off-the-shelf", "scratch"] = "fine-tune"  # train all; only new layers; from random
     unfreeze_from: str | None = None  # fine-tune from this module on, such as `layer3`; all before it stays frozen
@@ -89,10 +89,10 @@ class Args:
     epochs: int = 26  # passes over the training images
     batch_size: int = 4  # images per update
     optimizer: Literal["sgd", "adam"] = "sgd"  # SGD with momentum 0.9, or Adam
-    learning_rate: float | None = None  # (None: SGD's by torchvision and Darknet, times the batch; Adam's 0.0001)
+    learning_rate: float | None = None  # (None: Adam's 0.0001; SGD's of torchvision or Darknet, scaled to --batch-size)
     weight_decay: float = 1e-4  # of weights with two dimensions and more; never of biases and normalisation
     warmup_iterations: int = 500  # updates over which the learning rate rises to its value, at most the first epoch
-    lr_drops: list[float] = field(default_factory=lambda: [0.67, 0.92])  # shares of --epochs: then a tenth of the rate
+    lr_drops: list[float] = field(default_factory=lambda: [0.67, 0.92])  # shares of --epochs: the rate falls tenfold
     patience: int = 0  # end after this many epochs without a better validation AP at IoU 0.5 (0: never)
 
     # After training
@@ -104,13 +104,14 @@ class Args:
 FAMILIES = ("fasterrcnn", "fastrcnn", "retinanet", "fcos")  # that stand on any --backbone
 TORCHVISION = [name for name in models.list_models(module=detection) if "mask" not in name and "keypoint" not in name]
 ARCHITECTURES = (*FAMILIES, "yolov3", *TORCHVISION)
-# Learning rates of SGD for an image: by torchvision for batches of 16, 16, 16, 192 and 32, by Darknet for 64
+# SGD's learning rate per image of a batch (torchvision's: of 16, 16, 16, 192 and 32 images, Darknet's: 64), by how
+# --arch begins; the first that fits counts, so ssdlite stands before ssd
 PER_IMAGE = {"fast": 0.00125, "retinanet": 0.000625, "fcos": 0.000625, "ssdlite": 0.00078, "ssd": 0.0000625}
 PER_IMAGE["yolov3"] = 0.000015625
-LOWEST_SCORE, MOST_BOXES = 0.05, 100  # one cut-off for all; their own reach from 0.001 (SSDlite) to 0.2 (FCOS), 300
+LOWEST_SCORE, MOST_BOXES = 0.05, 100  # the same for all; torchvision's go from 0.001 to 0.2 and from 100 to 300
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 SPLITS = ("train", "val", "test")
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # that a scheduler gives
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # allowed to this process
 HEAD = re.compile(r"box_predictor|classification_head\.(cls_logits|module_list)|outputs\.")  # is always new
 STOPS = []  # signals to end the run, heeded between batches: the fork of workers would lose a KeyboardInterrupt
 
@@ -194,7 +195,7 @@ def find_annotations(args: Args) -> tuple[str, dict[str, list[dict]]]:
         if not path:
             continue
         images = read_annotations(path, args.label_column)
-        # the first place that has any: the annotations' or the images' folder, or one below it, as COCO's train2017
+        # where the images are: the first of the annotations' folder, --data-dir and its subfolders that has any
         beside = os.path.relpath(path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path)), folder)
         below = sorted(glob.glob("*/", root_dir=folder), key=lambda name: (not name.startswith(split), name))
         each = [[os.path.normpath(os.path.join(p, str(i["file_name"]))) for i in images] for p in (beside, "", *below)]
@@ -211,7 +212,7 @@ def is_box(bbox) -> bool:
 
 
 def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
-    """The folder of the images, and all of them with the boxes of `classes` (none: the most frequent) from 1 on."""
+    """The folder of the images, and COCO's index of them with the boxes of `classes` (none: the most frequent ones)."""
     images, boxes, wrong, coco = {}, [], [], COCO()
     folder, sources = find_annotations(args)
     for split, found in sources.items():
@@ -303,7 +304,7 @@ class Pictures(Dataset):
                 annotated = file if size == str(file.size) != str(turned.size) else turned
                 image = tv_tensors.Image(v2.functional.pil_to_tensor(annotated.convert("RGB")))
             inside = clip_boxes_to_image(target["boxes"], image.shape[1:])
-            if (box_area(inside) < 0.9 * box_area(target["boxes"])).any():  # less is a matter of drawing
+            if (box_area(inside) < 0.9 * box_area(target["boxes"])).any():  # a tenth is a matter of how one draws
                 raise ValueError(f"a box is outside of its {image.shape[2]} x {image.shape[1]} pixels")
             target["boxes"] = inside
         except Exception as error:  # noqa: BLE001 (Pillow's plugins raise whatever their formats make them)
@@ -315,7 +316,7 @@ class Pictures(Dataset):
             target[key] = tv_tensors.BoundingBoxes(corner.float(), format="XYXY", canvas_size=image.shape[1:])
         target["labels"] = torch.tensor([box["category_id"] for box in boxes], dtype=torch.int64)
         if self.epoch is not None:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]):  # not torch.manual_seed, which seeds the GPU's generator as well
                 torch.default_generator.manual_seed(((self.seed * 1_000_003 + self.epoch) * 1_000_003 + i) % 2**63)
                 image, target = self.augment(image, target)
         return torch.as_tensor(image), {key: torch.as_tensor(value) for key, value in target.items()}, i
@@ -327,9 +328,9 @@ def read_batches(args: Args, data: Pictures, ids: list[int], device: torch.devic
     if epoch is not None:
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
         ids = [ids[i] for i in order.tolist()]
-    # a generator of its own: else every pass would draw from the one that dropout and the R-CNNs draw from
     workers = args.workers if args.workers is not None else CORES if device.type == "cuda" else min(CORES, 4)
     workers = min(workers, -(-len(ids) // args.batch_size))
+    # a generator of its own: else every pass would draw from the one that dropout and the R-CNNs draw from
     loader = DataLoader(data, args.batch_size, sampler=ids, num_workers=workers, collate_fn=list,
                         pin_memory=device.type == "cuda", generator=torch.Generator())  # fmt: skip
     for items in loader:
@@ -542,33 +543,36 @@ class ExternalProposals(nn.Module):
 
 def make_detector(args: Args, num_classes: int) -> nn.Module:
     """A detector with random weights for `num_classes` classes, the background (0) included."""
-    size, arch, channels, x, layers = args.image_size, args.arch, (256, 512, 1024), torch.zeros(1, 3, 64, 64), {}
+    size, arch = args.image_size, args.arch
     scale = {"min_size": size, "max_size": round(size * 1333 / 800)} if size else {}
     if size and (arch.startswith("ssd") or arch == "yolov3" and size % 32):
         fail(f"--image-size {size}: yolov3 takes multiples of 32, SSD and SSDlite only their own sizes")
     if args.backbone:
         net = models.get_model(args.backbone, weights=None).eval()
         net = net.features if isinstance(getattr(net, "features", None), nn.Sequential) else net
+        x, at_stride = torch.zeros(1, 3, 64, 64), {}
         with torch.no_grad(), contextlib.suppress(RuntimeError, IndexError, AssertionError):  # at the classifier
             for name, child in net.named_children():
                 x = child(x)
-                layers[64 // x.shape[3]] = name, x.shape[1]  # the last one at a stride
-        if not set(STRIDES) <= set(layers):
+                at_stride[64 // x.shape[3]] = name, x.shape[1]  # the last one at a stride
+        if not set(STRIDES) <= set(at_stride):
             fail(f"--backbone {args.backbone}: no maps at strides 8, 16 and 32; ResNets, MobileNets and VGGs have them")
-        channels = [layers[stride][1] for stride in STRIDES]
-        layers = {layers[stride][0]: str(i) for i, stride in enumerate(STRIDES)}
+        channels = [at_stride[stride][1] for stride in STRIDES]
+        layers = {at_stride[stride][0]: str(i) for i, stride in enumerate(STRIDES)}
     if arch in FAMILIES:
         coarser = LastLevelMaxPool() if arch == "fastrcnn" else LastLevelP6P7(256, 256)
         pyramid = BackboneWithFPN(net, layers, channels, 256, coarser)
     if arch in TORCHVISION:
         model = models.get_model(arch, weights=None, weights_backbone=None, num_classes=num_classes, **scale)
+    elif arch == "yolov3" and not args.backbone:
+        model = YOLOv3(num_classes, size or 416)
     elif arch == "yolov3":
-        parts = OrderedDict(normalise=v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))  # as for ImageNet
-        parts["body"] = IntermediateLayerGetter(net, layers) if args.backbone else None
-        model = YOLOv3(num_classes, size or 416, nn.Sequential(parts) if args.backbone else None, channels)
+        normalise = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # as for ImageNet
+        body = OrderedDict(normalise=normalise, body=IntermediateLayerGetter(net, layers))
+        model = YOLOv3(num_classes, size or 416, nn.Sequential(body), channels)
     elif arch == "fcos":
         model = detection.FCOS(pyramid, num_classes, **scale)
-        # distances leave through a ReLU, of which half begin at 0 and, one step too large, all stay there for good
+        # distances pass a ReLU: at 0 half begin without a gradient, and one step too large could silence all for good
         nn.init.ones_(model.head.regression_head.bbox_reg.bias)
     elif arch == "retinanet":
         octaves = tuple(tuple(round(4 * 2 ** (level + i / 3)) for i in range(3)) for level in range(3, 8))
@@ -640,7 +644,7 @@ def load_weights(args: Args, model: nn.Module) -> list[str]:
         missing, wrong = [], str(error).splitlines()[1:]
     if wrong or not state:
         fail(f"{source} is of another architecture: {len(wrong)} of {len(state)} tensors do not fit, as {wrong[:1]}")
-    # counts of batches are never missing
+    # `missing` never has num_batches_tracked (torch fills it in): ask for the weight of the same layer
     return [name for name in model.state_dict() if name.replace("num_batches_tracked", "weight") not in missing]
 
 
@@ -663,7 +667,7 @@ def freeze(model: nn.Module, loaded: list[str], args: Args) -> list[nn.Module]:
                 module.momentum = 0.1  # MobileNets' and Darknet's would average over more batches than there may be
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    # but of regions, which in evaluation mode would be fewer
+    # not the proposals' network (RPN): in evaluation mode it would propose fewer regions
     parts = [module for module in model.modules() if not isinstance(module, detection.rpn.RegionProposalNetwork)]
     return [part for part in parts if {parameter.requires_grad for parameter in part.parameters()} == {False}]
 
@@ -703,7 +707,8 @@ def paper_ap(coco: COCO, results: COCO, ids: list[int], category: int, iou: floa
             if hit and objects[best]["iscrowd"]:
                 continue
             judged.append((value, hit and best not in taken))
-            taken |= {best} if hit else set()
+            if hit:
+                taken.add(best)
     hits = np.array([right for _, right in sorted(judged, key=lambda pair: -pair[0])], dtype=np.float64)
     recall = np.cumsum(hits) / max(total, 1)
     precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
@@ -788,7 +793,7 @@ if __name__ == "__main__":
     for name, value in vars(args).items():
         least = int(name in ("epochs", "batch_size", "image_size"))
         if type(value) in (int, float) and not least <= value < 2**31:
-            fail(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+            fail(f"--{name.replace('_', '-')} must be at least {least} and less than 2**31, not {value}")
     if args.arch not in ARCHITECTURES:
         fail(f"--arch {args.arch}: there are {', '.join(ARCHITECTURES)}")
     if args.arch == "fastrcnn" and (not os.path.isfile(args.proposals or "") or args.augmentation == "ssd"):
@@ -812,8 +817,9 @@ if __name__ == "__main__":
     torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("high")
     # the new layers of a chain must not be those that its source, often of the same seed, began with
-    chained = args.pretrained and not checkpoint
-    transfers = (read_checkpoint(args.pretrained) if chained else checkpoint).get("transfers", 0) + bool(chained)
+    transfers = checkpoint.get("transfers", 0)
+    if args.pretrained and not checkpoint:
+        transfers = 1 + read_checkpoint(args.pretrained).get("transfers", 0)
     torch.manual_seed(args.seed + 1_000_003 * transfers)
 
     # Data
@@ -853,9 +859,10 @@ if __name__ == "__main__":
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.Adam(groups) if args.optimizer == "adam" else torch.optim.SGD(groups, momentum=0.9)
-    count, total = (sum(p.numel() for p in parameters) for parameters in (trained, model.parameters()))
+    trainable = sum(p.numel() for p in trained)
+    total = sum(p.numel() for p in model.parameters())
     frozen = f"{sum(isinstance(module, nn.BatchNorm2d) for module in in_evaluation):,} batch normalisations frozen"
-    print(f"{args.arch}, {args.strategy}: {count:,} of {total:,} parameters are trained, {frozen}, on {device}")
+    print(f"{args.arch}, {args.strategy}: {trainable:,} of {total:,} parameters are trained, {frozen}, on {device}")
 
     # TRY NOT TO MODIFY: the run's folder and logs
     name = os.path.basename(os.path.abspath(args.dataset or args.annotations or folder)).removesuffix(".json")
@@ -895,6 +902,7 @@ if __name__ == "__main__":
         return metrics
 
     # Training
+    least_images = 2 if args.arch.startswith("ssdlite") else 1  # its last normalisation sees one pixel of each image
     updates, started, done, shown = math.ceil(len(ids["train"]) / args.batch_size), time.perf_counter(), 0, -math.inf
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
@@ -913,7 +921,7 @@ if __name__ == "__main__":
                 warmed = (epoch * updates + step) / max(min(args.warmup_iterations, updates), 1)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate * min(1.0, warmed) * 0.1**drops
-                if len(images) > args.arch.startswith("ssdlite"):  # whose last normalisation sees a pixel of each
+                if len(images) >= least_images:
                     losses = model(images, targets)
                     losses["loss"] = torch.stack(list(losses.values())).sum()
                     optimizer.zero_grad()
@@ -945,7 +953,7 @@ if __name__ == "__main__":
                 best_weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
             save()
 
-        # The test images, once, with the weights of the best validation AP at IoU 0.5
+        # The test images, once (also if a finished run is resumed), with the weights of the best validation AP@0.5
         if ids["test"] and not (epoch == checkpoint.get("epoch") and os.path.isdir(f"{run_dir}/detections/test")):
             model.load_state_dict(best_weights)
             print(f"test: {describe(test('test'))} (the best of {epoch} epochs)")

@@ -69,7 +69,7 @@ class Args:
     pruning: Literal["global", "channel"] | None = None  # least weights of all layers (None), or channels of each
     prune_fraction: float | None = None  # share of the remaining weights (channels) that a round prunes (None: 0.2)
     rounds: int = 31  # rounds of training; the first one is that of the unpruned network
-    rewind: str | None = None  # where the next round begins: epochs (2ep, None), updates (500it) or both of round 0
+    rewind: str | None = None  # the point of round 0 to which later rounds rewind: 2ep (None), 500it or 2ep500it
 
     # Training
     epochs: int | None = None  # the last epoch of every round (None: 90; conv and mlp: 6)
@@ -104,8 +104,8 @@ BOUNDS = {"seed": (0, 2**63), "workers": (0, 1024), "image_size": (2, 4096), "tr
           "prune_fraction": (1e-6, 0.999), "rounds": (1, 100), "epochs": (1, 10**6), "patience": (0, 10**6),
           "batch_size": (2, 10**6), "learning_rate": (0, 1e15), "lr_decay": (0, 1), "momentum": (0, 1),
           "weight_decay": (0, 1)}  # fmt: skip
-# What runs of one arm may differ in
-FREE = "seed source_seed source_run cuda amp workers logdir track dataset data_dir rounds tickets save_networks"
+NO_EFFECT = "cuda amp workers logdir track dataset data_dir rounds tickets save_networks"  # flags: change no result
+FREE = NO_EFFECT + " seed source_seed source_run"  # what runs of one arm may differ in
 
 
 def fail(message: str) -> None:
@@ -131,9 +131,7 @@ def save_atomically(path: str, write) -> None:
 
 def save_table(path: str, rows: list[dict]) -> None:
     text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([rows[0], *(row.values() for row in rows)])
     save_atomically(path, lambda temporary: Path(temporary).write_text(text.getvalue(), errors="surrogateescape"))
 
 
@@ -402,8 +400,10 @@ def train_round(
 
     Returns {best: scalars and weights, start: the weights at update `keep_from`, entries: of epochs, seconds}.
     """
-    weights, per_epoch, sparse = prunable(network), images["train"].updates(args.batch_size), None
-    step, total, optimizer = keep_from if r > 0 else 0, args.epochs * per_epoch, make_optimizer(args, network)
+    weights, optimizer, sparse = prunable(network), make_optimizer(args, network), None
+    per_epoch = images["train"].updates(args.batch_size)
+    step = keep_from if r > 0 else 0
+    total = args.epochs * per_epoch
     if not all(mask.all() for mask in masks.values()):
         # in the memory order of the weights, or multiplying would be slow
         sparse = list(weights.values()), [torch.empty_like(w).copy_(masks[name]) for name, w in weights.items()]
@@ -411,7 +411,7 @@ def train_round(
     if state["round"] and state["round"]["round"] == r:
         best, start, entries, seconds = (state["round"][name] for name in ("best", "start", "entries", "seconds"))
         network.load_state_dict(state["round"]["network"])
-        optimizer.load_state_dict(copy.deepcopy(state["round"]["optimizer"]))  # it keeps the tensors
+        optimizer.load_state_dict(copy.deepcopy(state["round"]["optimizer"]))  # else it would train those in `state`
         step = entries[-1]["epoch"] * per_epoch
     for entry in entries:  # the round's events are written anew, so that no point is there twice
         log_epoch(writer, entry)
@@ -460,8 +460,8 @@ def load_file(path: str, needed: tuple[str, ...]) -> dict:
     """A checkpoint, or a ticket {mask: bool by name, weights: at the round's start, trained: at its end, meta}."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return content | {name: content[name] for name in needed}
-    except Exception:  # not torch's advice to load it without weights_only
+        return {name: content[name] for name in needed}
+    except Exception:  # torch's own message advises to load with weights_only=False
         fail(f"{path} is missing, damaged or not a file of this script")
 
 
@@ -490,13 +490,14 @@ PUBLISHED = {
     "artist-1": "45.88 ± .42, 66.58 ± 1.54 (.972), 65.55 ± 1.79 (.993), 63.88 ± .12 (.991), 58.74 ± 1.92 (.931)",
     "type": "41.36 ± 2.31, 58.63 ± 2.97 (.991), 60.56 ± .44 (.931), 58.92 ± .59 (.995), 50.44 ± 2.23 (.963)",
 }
-T95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 1 to 9 degrees of freedom
+T95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 1 to 9 degrees of freedom, more
 
 
 def mean_and_half(shares: list[float]) -> tuple[float, float]:
     """The mean, in percent, and half of its 95 % interval (Student's t; 0 for a single value)."""
-    t, n = T95[min(len(shares), 10) - 2], len(shares)
-    return 100 * np.mean(shares), 100 * t * np.std(shares, ddof=1) / math.sqrt(n) if n > 1 else 0.0
+    n, mean = len(shares), 100 * np.mean(shares)
+    half = 100 * T95[min(n, 10) - 2] * np.std(shares, ddof=1) / math.sqrt(n) if n > 1 else 0.0
+    return mean, half
 
 
 def shown(shares: list[float]) -> str:
@@ -518,7 +519,8 @@ def read_settings(run_dir: str) -> dict:
 
 def difference(one: dict, other: dict, free: str = FREE) -> str:
     """The flags that change results and are not the same in the settings of two runs."""
-    free += " pruning prune_fraction rewind" * (one.get("control") == "dense")  # which prunes nothing
+    if one.get("control") == "dense":  # which prunes nothing
+        free += " pruning prune_fraction rewind"
     names = (one.keys() & other.keys()) - set(free.split())  # those of an earlier version may lack some
     return ", ".join(sorted(name for name in names if one[name] != other[name]))
 
@@ -530,8 +532,9 @@ def read_runs(folders: list[str]) -> dict[str, dict[str, tuple[list[dict], dict[
     several = len({read_settings(path.parent)["arch"] for path in paths}) > 1
     for path in paths:
         settings = read_settings(path.parent)
-        arm = settings["arm"] + f" ({settings['exp_name']})" * (settings["exp_name"] != Args.exp_name)
-        arm += f" ({settings['arch']})" * several
+        arm = settings["arm"]
+        arm += f" ({settings['exp_name']})" if settings["exp_name"] != Args.exp_name else ""
+        arm += f" ({settings['arch']})" if several else ""
         runs, curve = found[settings["target"]].setdefault(arm, ([], {}))
         if settings["seed"] in [other["seed"] for other in runs]:
             fail(f"{path}: there is another run of the same arm and seed")
@@ -678,13 +681,15 @@ if __name__ == "__main__":
 
     # TRY NOT TO MODIFY: the run's folder, which one process at a time may write, and its settings
     target = os.path.basename(os.path.abspath(args.dataset.removeprefix("folder:")))
-    drawn = split_rows and not split_rows[-1]["path"].startswith(f"test{os.sep}")
+    drawn = split_rows and not split_rows[-1]["path"].startswith(f"test{os.sep}")  # the last row is a test image
     if drawn and source.get("dataset") == target:
+        test_images = {row["path"] for row in split_rows if row["split"] == "test"}
         theirs = Path(tickets[source["round"]]).with_name("split.csv")
-        known = csv.DictReader(theirs.open(newline="", errors="surrogateescape")) if theirs.is_file() else split_rows
-        seen = {row["path"] for row in known if row["split"] != "test"}
-        again = seen & {row["path"] for row in split_rows if row["split"] == "test"}  # another seed, or new images
-        if again or (known is split_rows and source["seed"] != args.seed):
+        leak = source["seed"] != args.seed  # all that can be asked of a ticket without its run's split
+        if theirs.is_file():  # another seed, or new images
+            saved = csv.DictReader(theirs.open(newline="", errors="surrogateescape"))
+            leak = any(row["path"] in test_images for row in saved if row["split"] != "test")
+        if leak:
             fail(f"{theirs}, of --seed {source['seed']}: the tickets saw test images of this run's split")
     if args.arch == "mlp" and built_for not in (None, args.image_size):
         fail(f"--image-size {args.image_size}: the tickets of this mlp are for {built_for} pixels")
@@ -710,7 +715,7 @@ if __name__ == "__main__":
         settings |= {"source_seed": source["seed"], "source_run": source_run}
     if os.path.isfile(checkpoint):
         state = load_file(checkpoint, tuple(state))
-        free = FREE.replace("seed source_seed source_run", "epochs patience milestones" if args.resume else "")
+        free = f"{NO_EFFECT} epochs patience milestones" if args.resume else NO_EFFECT
         if differing := difference(json.loads(json.dumps(settings)), read_settings(run_dir), free):
             fail(f"{run_dir} was made with other flags: {differing}; another --exp-name makes another run")
     text = json.dumps(settings, indent=1)
@@ -729,14 +734,15 @@ if __name__ == "__main__":
     network = make_network(args.arch, len(classes), settings["built_for"], *generators, device)
     initial = copy.deepcopy(network.state_dict())
     weights = prunable(network)
-    prunable_count, everything = (sum(p.numel() for p in group) for group in (weights.values(), network.parameters()))
+    prunable_count = sum(p.numel() for p in weights.values())
+    everything = sum(p.numel() for p in network.parameters())
     done = {row["round"] for row in state["rows"]}
     to_do = [r for r in (tickets or range(args.rounds)) if r < args.rounds and r not in done]
     if not done and not to_do:
         fail(f"--rounds {args.rounds}: the tickets are of rounds {', '.join(map(str, tickets))}")
     print(f"{run_dir}: {len(done)} rounds are done, {len(to_do)} to do, on {device}", flush=True)
     try:
-        for rounds_to_come, r in zip(reversed(range(len(to_do))), to_do):
+        for n, r in enumerate(to_do, 1):
             # ALGO LOGIC: what the round begins with
             network.load_state_dict(initial)
             masks = {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
@@ -752,7 +758,7 @@ if __name__ == "__main__":
             writer = SummaryWriter(run_dir, filename_suffix=f".round_{r:02d}")
 
             # ALGO LOGIC: training
-            end = train_round(args, r, network, masks, images, keep_from, rounds_to_come, writer, state, checkpoint)
+            end = train_round(args, r, network, masks, images, keep_from, len(to_do) - n, writer, state, checkpoint)
 
             # The test images, once, with the weights of the lowest validation loss (without --patience the last)
             best = end["best"]

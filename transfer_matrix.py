@@ -32,20 +32,20 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 @dataclass
 class Args:
-    command: tyro.conf.Positional[Literal["plan", "table", "scores", "plot"]]  # commands of a study; matrices; games
+    command: tyro.conf.Positional[Literal["plan", "table", "scores", "plot"]]  # jobs to run; transfer; games; pictures
     logdir: str = "runs"  # folder of the runs; it is searched at any depth
     metric: str = "eval/episodic_return"  # TensorBoard tag of the learning curve
-    format: Literal["markdown", "csv"] = "markdown"  # table, scores: to read, or to read in
+    format: Literal["markdown", "csv"] = "markdown"  # table, scores: for people, or for programs
     out: str = "results"  # plot: folder for the pictures and curves.csv
 
     # plan: prints the commands, one a line; what is complete in --logdir is left out
     env_ids: tuple[str, ...] = ()  # the games, as the script's --env-id
-    stage: Literal["source", "transfer", "only-head", "self-transfer", "hybrid"] = "source"  # each needs those before
+    stage: Literal["source", "transfer", "only-head", "self-transfer", "hybrid"] = "source"  # after source; hybrid last
     targets: tuple[str, ...] = ()  # the games among these to train on (none given: all)
     script: str = "ddqn_atari.py"  # the script to run
     seeds: tuple[int, ...] = (1, 2, 3)  # a transfer run starts from the source of its own seed
     args: str = ""  # further flags of the script in one string: --args="--no-double --learning-rate 1e-3"
-    source_args: str = ""  # flags of the runs to start from, where these are not --args; their other flags are free
+    source_args: str = ""  # flags of the sources, where not those of --args; flags not named may have any value
 
 
 # Published results ---------------------------------------------------------------------------------------------------
@@ -88,9 +88,11 @@ MATRICES = {
 }
 PUBLISHED = {}  # {(algorithm, row, target): area ratio}
 for _algorithm, _text in MATRICES.items():
-    _targets, *_rows = _text.strip().splitlines()
-    for _row, *_cells in (_row.rsplit(maxsplit=len(_targets.split())) for _row in _rows):
-        PUBLISHED |= {(_algorithm, _row.strip(), _to): float(_cell) for _to, _cell in zip(_targets.split(), _cells)}
+    _header, *_lines = _text.strip().splitlines()
+    _targets = _header.split()
+    for _line in _lines:
+        _source, *_ratios = _line.rsplit(maxsplit=len(_targets))
+        PUBLISHED |= {(_algorithm, _source.strip(), _to): float(_ratio) for _to, _ratio in zip(_targets, _ratios)}
 
 # Random, human (the scores of Mnih et al., Nature 2015), DQN, DDQN, DQV, DQV-Max: slides and thesis
 COLUMNS = ["random", "human", "DQN", "DDQN", "DQV", "DQV-Max"]
@@ -209,7 +211,7 @@ def read_runs(logdir: str, tags: list[str]) -> list[Run]:
 
 
 def differences(runs: list[Run], of_source: bool = False) -> list[str]:
-    """Names of the flags that matter in which runs, or the sources that they began from, are known to differ."""
+    """Names of the flags, of `runs` or of their sources, that matter and have two known values that differ."""
     names = {name for run in runs for name in run.flags if name.startswith("pretrained_") == of_source} - FREE
     return sorted(name for name in names if len({run.flags.get(name) for run in runs} - {None}) > 1)
 
@@ -226,7 +228,7 @@ def finished_runs(args: Args, others: tuple[str, ...] = ()) -> dict[tuple, dict[
             groups["mode", run.algorithm, run.mode, run.source, run.target].append(run)
     if not complete:
         sys.exit(f"--logdir {args.logdir}: no complete run with {args.metric} in it")
-    for (field, *_), runs in groups.items():  # where runs or their sources differ in further flags, they are named
+    for (field, *_), runs in groups.items():  # flags that differ: a run's join its algorithm, its source's its mode
         for name, run in product(differences(runs, of_source=field == "mode"), runs):
             setattr(run, field, f"{getattr(run, field)}, {name} {run.flags.get(name)}")
     for run in sorted(complete, key=lambda run: run.seed):
@@ -288,10 +290,10 @@ def compare(scratch: dict[int, Run], transfer: dict[int, Run], metric: str) -> d
         cell["note"] += f"R is undefined, scratch has {old.mean():.4g} on average beside {new.mean():.4g} with transfer"
     reference = REFERENCE.get(first.target, -np.inf)
     if metric.endswith("episodic_return") and reference > old.mean():
-        # FT of curves scaled to random play 0 and the reference 1; random play cancels out
+        # FT = 1 - (reference - new) / (reference - old), where the scale's random play cancels out; low and high swap
         cell |= zip(("FT", "FT_high", "FT_low"), np.negative(relative_change(reference - new, reference - old)))
     gain = curves[len(seeds) :].mean(axis=0) - curves[: len(seeds)].mean(axis=0)
-    late = np.interp(np.linspace(0.1 * grid[0] + 0.9 * grid[-1], grid[-1]), grid, gain)
+    late = np.interp(np.linspace(0.1 * grid[0] + 0.9 * grid[-1], grid[-1]), grid, gain)  # the last tenth
     cell |= {"jumpstart": gain[0].round(6), "asymptotic": late.mean().round(6)}
     return cell | {"mean_transfer": new.mean(), "mean_scratch": old.mean()}
 
@@ -420,7 +422,7 @@ def plan(args: Args) -> None:
         taken += mine[-1:]
         if not mine:
             commands.append(command + ["--freeze-features"] * (mode == "only-head") + shlex.split(args.args))
-        elif (reason := mine[-1].lacks(args.metric)).startswith(("no", "incomplete")):
+        elif (reason := mine[-1].lacks(args.metric)).startswith(("no ", "incomplete,")):  # it has steps to go
             commands.append(["python", args.script, "--resume", str(mine[-1].checkpoint), "--env-id", env_id])
         elif reason:
             sys.exit(f"{mine[-1].checkpoint.parent}: {reason}; move it away and have more evaluations")
@@ -428,7 +430,8 @@ def plan(args: Args) -> None:
         sys.exit(f"--logdir {args.logdir} lacks complete runs: {'; '.join(dict.fromkeys(missing))}")
     if names := differences(taken):
         sys.exit(f"runs that fit differ in {', '.join(names)}: say it in --args or --source-args")
-    print("".join(f"{shlex.join(command)}\n" for command in commands), end="")
+    for command in commands:
+        print(shlex.join(command))
     print(f"{len(commands)} runs to go", file=sys.stderr)
 
 
@@ -495,10 +498,10 @@ def plot(args: Args) -> None:
     figures = defaultdict(dict)  # {title: {label: (colour, style, runs)}}
     for (algorithm, mode, source, target), arm in sorted(arms.items(), key=lambda arm: arm[0][2]):
         label = f"{mode} from {source}" if source else "from scratch"
-        style, runs = STYLES.get(mode, "-."), list(arm.values())
-        figures[f"{algorithm} on {target}"][label] = colours[source], style, runs
+        style, group = STYLES.get(mode, "-."), list(arm.values())
+        figures[f"{algorithm} on {target}"][label] = colours[source], style, group
         if not source:
-            figures[f"{target} from scratch"][algorithm] = colours[algorithm], style, runs
+            figures[f"{target} from scratch"][algorithm] = colours[algorithm], style, group
     for title, groups in figures.items():
         if len(groups) > 1:
             pictures[f"curves {title}"] = draw_curves(title, groups, [args.metric, *PANELS])

@@ -522,7 +522,7 @@ def test_max_q_is_of_games_that_go_on(tmp_path):
     logged = scalars(only_run(tmp_path / "runs"))
     variables = done.variables
     assert variables["sums"].tolist() == [0.0] * 5 and len(logged["charts/max_q"]) == 1
-    variables["rb"].facts[:-1, 7] = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    variables["rb"].playing[:] = torch.tensor([1.0, 0.0, 0.0, 1.0])
     variables["act"]()
     max_q = variables["q_network"](variables["rb"].obs).amax(1).detach()
     assert variables["sums"][-2:].tolist() == pytest.approx([float(max_q[0] + max_q[3]), 2.0])

@@ -608,7 +608,7 @@ def test_tickets_of_another_network_or_run_are_refused_and_variants_are_other_ar
         (target, {}, "--arch resnet18", "--arch resnet18: "),
         (target, {}, "--prune-fraction 0.5", f"--prune-fraction 0.5: {other} has 0.2"),
         (target, {}, "", "made with other flags: source_run"),
-        (folder, {}, "", "another/split.csv, of --seed 1, is not this run's split"),  # there is none
+        (folder, {}, "--seed 2", "another/split.csv, of --seed 1: the tickets saw test images"),  # there is none
         (target, {}, "--rounds 1 --logdir no", "--rounds 1: the tickets are of rounds 2"),
         (target, {"arch": "mlp"}, "--image-size 8", "--image-size 8: the tickets of this mlp are for 16 pixels"),
         (target, {"control": "lr-rewinding"}, "--control random-mask", "it would change the weights as well"),
