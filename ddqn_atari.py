@@ -201,7 +201,7 @@ def learn(batch, gamma: float, q_network, target_network, optimizer, double: boo
 
 
 class RMSprop(torch.optim.Optimizer):
-    """Centred RMSprop as of Mnih et al. (2015): bit for bit torch's, at twice its speed on a CPU and without its NaN.
+    """Centred RMSprop as of Mnih et al. (2015): bit for bit torch's, but where that has NaN, at twice its speed.
 
     Their epsilon of 0.01 is under the root, their gradients are sums over 32; ours are means, epsilon beside the root.
     """

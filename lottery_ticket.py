@@ -104,7 +104,7 @@ BOUNDS = {"seed": (0, 2**63), "workers": (0, 1024), "image_size": (2, 4096), "tr
           "prune_fraction": (1e-6, 0.999), "rounds": (1, 100), "epochs": (1, 10**6), "patience": (0, 10**6),
           "batch_size": (2, 10**6), "learning_rate": (0, 1e15), "lr_decay": (0, 1), "momentum": (0, 1),
           "weight_decay": (0, 1)}  # fmt: skip
-NO_EFFECT = "cuda amp workers logdir track dataset data_dir rounds tickets save_networks"  # flags: change no result
+NO_EFFECT = "cuda amp workers logdir track dataset data_dir rounds tickets save_networks"  # may change as a run goes on
 FREE = NO_EFFECT + " seed source_seed source_run"  # what runs of one arm may differ in
 
 

@@ -45,7 +45,7 @@ class Args:
     script: str = "ddqn_atari.py"  # the script to run
     seeds: tuple[int, ...] = (1, 2, 3)  # a transfer run starts from the source of its own seed
     args: str = ""  # further flags of the script in one string: --args="--no-double --learning-rate 1e-3"
-    source_args: str = ""  # flags of the sources, where not those of --args; flags not named may have any value
+    source_args: str = ""  # flags of the sources, where not those of --args; others may differ, but not the algorithm
 
 
 # Published results ---------------------------------------------------------------------------------------------------
@@ -422,7 +422,7 @@ def plan(args: Args) -> None:
         taken += mine[-1:]
         if not mine:
             commands.append(command + ["--freeze-features"] * (mode == "only-head") + shlex.split(args.args))
-        elif (reason := mine[-1].lacks(args.metric)).startswith(("no ", "incomplete,")):  # it has steps to go
+        elif (reason := mine[-1].lacks(args.metric)).startswith(("no ", "incomplete,")):  # it may have steps to go
             commands.append(["python", args.script, "--resume", str(mine[-1].checkpoint), "--env-id", env_id])
         elif reason:
             sys.exit(f"{mine[-1].checkpoint.parent}: {reason}; move it away and have more evaluations")
