@@ -179,7 +179,7 @@ class QNetwork(nn.Module):
 
 
 def make_networks(args: Args, num_actions: int) -> tuple[QNetwork, QNetwork]:
-    """Q with `num_actions` outputs and V with one; some `--architecture`s share layers (1909.01779, fig. 3)."""
+    """Q with `num_actions` outputs and V with one; some `--architecture`s share layers (thesis, section 7.4)."""
     q_network, v_network, units = QNetwork(num_actions, args.narrow), QNetwork(1, args.narrow), 512 // args.narrow
     if args.architecture == "hard":
         v_network.network = nn.Sequential(*q_network.network[:-1], nn.Linear(units, 1))

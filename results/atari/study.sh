@@ -1,4 +1,4 @@
-# The preprint's study on one GPU, from the repository's root:
+# A study of three games, and of transfer between them, on one GPU, from the repository's root:
 #
 #   bash results/atari/study.sh
 #
