@@ -6,7 +6,7 @@
 #
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "gymnasium>=1.1", "ale-py>=0.12", "numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.18",
+# dependencies = ["torch>=2.11", "gymnasium>=1.1", "ale-py>=0.12", "numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.21",
 #                 "pillow>=10"]
 # ///
 import os

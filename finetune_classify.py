@@ -8,7 +8,7 @@
 #
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.18", "pillow>=10",
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.21", "pillow>=10",
 #                 "matplotlib>=3.8"]
 # ///
 import copy
@@ -470,7 +470,7 @@ def draw_confusion(confusion: torch.Tensor, names: list[str], title: str) -> Fig
     """Rows (true classes) as shares of the class; with names up to 60 classes."""
     figure, confusion = Figure(figsize=(2 + 0.5 * min(len(names), 25),) * 2), confusion.cpu()
     axes = figure.subplots()
-    axes.imshow(confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1), cmap="Blues", vmin=0, vmax=1)
+    axes.imshow((confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set(title=title, xlabel="predicted class", ylabel="true class")
     if len(names) <= 60:
         axes.set_xticks(range(len(names)), names, rotation=90)

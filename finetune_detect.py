@@ -8,7 +8,7 @@
 #
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.18", "pillow>=10.1",
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.21", "pillow>=10",
 #                 "matplotlib>=3.8", "pycocotools>=2.0.8"]
 # ///
 import contextlib

@@ -9,7 +9,7 @@
 #
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.18", "pillow>=10",
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.21", "pillow>=10",
 #                 "matplotlib>=3.8"]
 # ///
 import copy

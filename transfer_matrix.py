@@ -9,7 +9,7 @@
 #
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.18", "matplotlib>=3.8"]
+# dependencies = ["numpy>=1.26", "tyro>=0.9.2", "tensorboard>=2.21", "matplotlib>=3.8"]
 # ///
 import csv
 import re

@@ -21,7 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # of the processes that tests start
 gym.logger.min_level = gym.logger.WARN
 torch.set_num_threads(1)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have what the tests start ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have what the tests start ignore it, `&` in a script
+signal.signal(signal.SIGINT, signal.default_int_handler)  # this one
 ON_CUDA = "_atari.py", "_classify.py", "_detect.py", "_ticket.py"  # scripts with the flag --no-cuda
 TOY_FLAGS = """--env-id toy_env:Toy-v0 --num-envs 4 --buffer-size 2000 --learning-starts 200 --train-frequency 8
     --total-timesteps 1200 --target-network-frequency 350 --eval-frequency 500 --eval-episodes 8 --narrow 4

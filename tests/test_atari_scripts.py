@@ -8,6 +8,7 @@ import importlib
 import itertools
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -207,6 +208,9 @@ def test_settings_of_ale_that_are_traps(monkeypatch):
     passed = {}
     monkeypatch.setattr(shared, "AtariVectorEnv", lambda game, num_envs, **settings: passed.update(settings))
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    given = {"repeat_action_probability": 0.25, "full_action_space": True, "maxpool": False}
+    shared.make_envs(shared.Args(env_id="ALE/Pong-v5", **given), 20)
+    assert passed | given | {"num_threads": 14} == passed
     shared.make_envs(shared.Args(env_id="ALE/Pong-v5"), 8)
     expected = {
         "frameskip": 4, "repeat_action_probability": 0.0, "full_action_space": False, "noop_max": 30, "maxpool": True,
@@ -263,6 +267,7 @@ def test_a_run_logs_learns_evaluates_and_saves(script, source):
         assert not torch.equal(ahead, tensor) and torch.allclose(ahead, tensor, atol=0.1), name
     lengths = [value for _, value in logged["charts/episodic_length"]]
     assert set(lengths) == {5.0} and len(lengths) > 200
+    assert {round(value, 6) for _, value in logged["charts/epsilon"]} == {0.1}  # which has fallen within 120 steps
     steps = [step for step, _ in logged["eval/episodic_return"]]
     assert len(steps) == 3 and all(step - mark in range(8) for step, mark in zip(steps, (500, 1000, 1200)))
     returns = [value for _, value in logged["eval/episodic_return"]]
@@ -281,14 +286,18 @@ def memory_of(done):
     return replay.transitions[(replay.totals[0] + torch.arange(replay.count)) % replay.slots].T
 
 
-@pytest.mark.parametrize("game, flags", [("Toy", ()), ("ToyTruncated", ()), ("Toy", ("--no-terminal",))])
-def test_terminals_are_stored_but_truncations_are_not(tmp_path, game, flags):
+@pytest.mark.parametrize("game, flags, each", [
+    ("Toy", (), 1), ("ToyTruncated", (), 0), ("Toy", ("--no-terminal",), 0),
+    ("ToyLives", (), 2), ("ToyLives", ("--no-life-loss-terminal",), 1),
+])  # fmt: skip
+def test_terminals_lost_lives_and_clipped_rewards_are_stored_but_truncations_are_not(tmp_path, game, flags, each):
     flags = ["--env-id", f"toy_env:{game}-v0", "--total-timesteps", 260, "--eval-episodes", 2, *flags]
     done = run("ddqn_atari.py", *TOY_FLAGS, *flags, cwd=tmp_path)
     lengths = [value for _, value in scalars(only_run(tmp_path / "runs"))["charts/episodic_length"]]
     _slots, actions, rewards, dones, ages = memory_of(done)
-    assert len(dones) == done.variables["global_step"] and set(lengths) == {5.0 if game == "Toy" else 7.0}
-    assert dones.sum() == (0 if "--no-terminal" in flags or game != "Toy" else len(lengths)) and len(lengths) > 30
+    assert len(dones) == done.variables["global_step"] and set(lengths) == {7.0 if game == "ToyTruncated" else 5.0}
+    lost = 4 if each == 2 else 0  # lives of the episodes that go on, at most one a game
+    assert 0 <= dones.sum() - each * len(lengths) <= lost and len(lengths) > 30
     assert set(actions.tolist()) == {0, 1, 2} and set(rewards.tolist()) == {0, 1} and ages.max() == 3
 
 
@@ -418,8 +427,8 @@ def test_a_full_disk_and_a_closed_pipe_keep_a_checkpoint(tmp_path, monkeypatch):
     assert "No space left on device" in refused("dqv_atari.py", *TOY_FLAGS, cwd=tmp_path)
     folder = only_run(tmp_path / "runs")
     assert not list(folder.glob("*.tmp")) and 5 < torch.load(folder / "dqv_atari.pt")["updates"] <= 60
-    command = f"{sys.executable} {ROOT}/ddqn_atari.py {' '.join(TOY_FLAGS)} --no-cuda --checkpoint-frequency 0"
-    pipe = f"({command} --logdir pipe; echo $? >&2) | head -n 2"
+    command = [sys.executable, f"{ROOT}/ddqn_atari.py", *TOY_FLAGS, "--no-cuda", "--checkpoint-frequency", "0"]
+    pipe = f"({shlex.join(command)} --logdir pipe; echo $? >&2) | head -n 2"
     closed = subprocess.run(pipe, shell=True, check=True, cwd=tmp_path, capture_output=True, text=True)
     assert closed.stdout.startswith("toy_env") and "--resume" in closed.stderr and "Traceback" not in closed.stderr
     assert torch.load(only_run(tmp_path / "pipe") / "ddqn_atari.pt")["global_step"] > 0
@@ -432,12 +441,12 @@ def test_what_is_not_finite_ends_the_run(tmp_path, monkeypatch):
 
 def test_two_runs_in_the_same_second_have_their_own_folders_and_wandb_sees_their_event_files(tmp_path, monkeypatch):
     files = []  # that are there when wandb starts: it mirrors those that come after
-    wandb = SimpleNamespace(init=lambda **_: files.extend(tmp_path.rglob("*tfevents*")))
+    wandb = SimpleNamespace(init=lambda **_: files.append(list(tmp_path.rglob("*tfevents*"))))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr(time, "time", lambda: 7.0)
     for flags in (["--track"], []):
         run("ddqn_atari.py", *TOY, *flags, cwd=tmp_path)
-    assert not files
+    assert files == [[]]
     names = sorted(folder.name for folder in (tmp_path / "runs").iterdir())
     assert names == ["toy_env-Toy-v0__ddqn_atari__1__7", "toy_env-Toy-v0__ddqn_atari__1__7-2"]
 
@@ -676,8 +685,12 @@ def test_a_checkpoint_names_no_module_and_no_path(source, tmp_path):
         assert "say --env-id payload:Toy-v0 if you trust it" in refused("ddqn_atari.py", flag, "run", cwd=tmp_path)
     evil |= {"env_id": "toy_env:Toy-v0", "total_timesteps": checkpoint["global_step"] + 1}
     torch.save(checkpoint | {"args": evil}, tmp_path / "run" / "x.pt")
-    done = run("ddqn_atari.py", "--resume", "run", "--env-id", "toy_env:Toy-v0", cwd=tmp_path, check=False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["payload.py", "run"], done.stderr
+    flags = ["--resume", "run", "--env-id", "toy_env:Toy-v0"]
+    assert "../escaped is not the name of a file" in refused("ddqn_atari.py", *flags, cwd=tmp_path)
+    torch.save(checkpoint | {"args": evil | {"exp_name": "x"}}, tmp_path / "run" / "x.pt")
+    run("ddqn_atari.py", *flags, cwd=tmp_path)
+    assert torch.load(tmp_path / "run" / "x.pt")["global_step"] > checkpoint["global_step"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["payload.py", "run"]
 
 
 def test_foreign_checkpoints_and_heads_are_named_in_one_line(source, tmp_path):

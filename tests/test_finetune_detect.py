@@ -288,7 +288,7 @@ def make_case(truth, found, names="x"):
                 yield box | {"area": (x2 - x1) * (y2 - y1), key: value}
 
     coco, numbered = fd.COCO(), [box | {"id": k} for k, box in enumerate(rows(truth, "iscrowd"), 1)]
-    coco.dataset = {"images": [{"id": i} for i in range(len(truth))], "annotations": numbered}
+    coco.dataset = {"info": {}, "images": [{"id": i} for i in range(len(truth))], "annotations": numbered}
     coco.dataset["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
     coco.createIndex()
     return coco, list(rows(found, "score")), list(range(len(truth)))
@@ -662,10 +662,11 @@ def test_one_file_is_split_and_a_chain_gets_another_head(shapes, tmp_path):
     """Off-the-shelf without warm-up; the chain has its source's split and body, never the source's first head."""
     torch.manual_seed(5)
     torch.save(models.mobilenet_v3_small(weights=None).state_dict(), tmp_path / "w.pth")
-    one = flags(shapes, "--weights", "w.pth", "--learning-rate", 0, "--epochs", 1, train="val")
+    one = flags(shapes, "--weights", "w.pth", "--learning-rate", 0, "--epochs", 9, "--patience", 1, train="val")
     out = script(*one, "--strategy", "off-the-shelf", "--warmup-iterations", 0, cwd=tmp_path).stdout
     assert "4 train, 2 val, 2 test images" in out and "34 batch normalisations frozen" in out
     source = only_run(tmp_path / "runs")
+    assert torch.load(source / "finetune_detect.pt")["epoch"] == 2  # the second is not better
     again = script("--evaluate", source, cwd=tmp_path).stdout
     assert f"on 2 test images: AP {scalars(source)['test/AP'][0][1]:.4f}" in again
     for name, more in (("same", []), ("other", ["--single-class", "--seed", 2, "--split-file", source / "split.csv"])):

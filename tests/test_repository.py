@@ -5,6 +5,7 @@ import glob
 import importlib
 import re
 import shlex
+import sys
 from dataclasses import fields
 
 import pytest
@@ -16,26 +17,23 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("results/**/*.md"))]
 
 
-def names(lines):
-    return {re.match(r"[A-Za-z0-9_.-]+", line).group().lower() for line in lines if line.strip() and line[0] != "#"}
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_stand_alone_and_explain_every_flag(script):
     source = (ROOT / f"{script}.py").read_text()
-    imported = set(re.findall(r"(?m)^ *(?:import|from) (\w+)", source))
+    nodes = list(ast.walk(ast.parse(source)))
+    imported = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
     assert not imported & set(SCRIPTS), "a script imports another"
     # PEP 723: what it imports is what its header declares, and what requirements.txt installs
     block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", source).group(1)
     header = "".join(line.removeprefix("#").strip() for line in block.splitlines())
-    declared = names(re.findall(r'"([A-Za-z][^"]*)"', header.split("dependencies")[1]))
-    installed = names((ROOT / "requirements.txt").read_text().splitlines())
-    assert declared <= installed
+    declared = set(re.findall(r'"([A-Za-z][^"]*)"', header.split("dependencies")[1]))
+    assert declared <= set((ROOT / "requirements.txt").read_text().splitlines())
     packages = {"PIL": "pillow", "ale_py": "ale-py"}
-    third_party = set("torch torchvision gymnasium numpy tyro tensorboard PIL ale_py matplotlib pycocotools".split())
-    assert {packages.get(module, module) for module in imported & third_party} <= declared
+    third_party = imported - sys.stdlib_module_names - {"timm", "wandb"}  # these two on demand only
+    assert {packages.get(module, module) for module in third_party} <= {line.split(">=")[0] for line in declared}
     assert all(len(line) <= 120 for line in source.splitlines())
-    (args,) = [node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") == "Args"]
+    (args,) = [node for node in nodes if getattr(node, "name", "") == "Args"]
     for flag, below in zip(args.body, [*args.body[1:], None]):  # in an end-of-line comment or in a string below
         if isinstance(flag, ast.AnnAssign):
             comment = re.search(r"  # \S", source.splitlines()[flag.end_lineno - 1])

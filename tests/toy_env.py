@@ -1,7 +1,7 @@
 """A game that a Q-network learns in seconds: a bar stands in one of three columns, the action that names it earns 1.
 
 Episodes last 5 steps and end by termination; those of `ToyTruncated-v0` are cut at 7 steps instead. The stacks
-of `ToyRepeated-v0` do not begin with black frames.
+of `ToyRepeated-v0` do not begin with black frames. In `ToyLives-v0` a life is lost at step 3, and rewards are 5.
 """
 
 import gymnasium as gym
@@ -9,10 +9,10 @@ import numpy as np
 
 
 class ToyEnv(gym.Env):
-    def __init__(self, length=5, before=0):
+    def __init__(self, length=5, before=0, lives=False):
         self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
         self.action_space = gym.spaces.Discrete(3)
-        self.length, self.before = length, before
+        self.length, self.before, self.lives = length, before, lives
 
     def _see(self):
         self.bar = int(self.np_random.integers(3))
@@ -24,13 +24,15 @@ class ToyEnv(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.stack, self.steps = np.full((4, 84, 84), self.before, np.uint8), 0
-        return self._see(), {}
+        return self._see(), {"lives": 3} if self.lives else {}
 
     def step(self, action):
         reward, self.steps = float(action == self.bar), self.steps + 1
-        return self._see(), reward, self.steps == self.length, False, {}
+        info = {"lives": 3 - (self.steps >= 3)} if self.lives else {}
+        return self._see(), reward * (5 if self.lives else 1), self.steps == self.length, False, info
 
 
 gym.register("Toy-v0", ToyEnv)
 gym.register("ToyTruncated-v0", ToyEnv, max_episode_steps=7, kwargs={"length": 100})
 gym.register("ToyRepeated-v0", ToyEnv, kwargs={"before": 9})
+gym.register("ToyLives-v0", ToyEnv, kwargs={"lives": True})
