@@ -70,6 +70,17 @@ def start(script, *args, cwd, before=(), **options):
     return subprocess.Popen(command, cwd=cwd, start_new_session=True, **pipes, **options)
 
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+def run_on_cuda(script, *args, cwd):
+    """What the script prints, in a process of its own, on the GPU."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def scalars(run_dir, leave_out=("charts/SPS",)):
     """{tag: [(step, value), ...]} of the event files in `run_dir`, without the tags that measure time."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})

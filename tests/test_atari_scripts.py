@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from ale_py.vector_env import AtariVectorEnv
-from conftest import ROOT, TOY_FLAGS, only_run, refused, run, scalars, start
+from conftest import ROOT, TOY_FLAGS, needs_cuda, only_run, refused, run, scalars, start
 from gymnasium.vector import AutoresetMode
 from PIL import Image
 from torch import nn
@@ -787,7 +787,7 @@ def test_optimizers_keep_their_state_on_the_device(name):
 
 
 # -------------------------------------------------------------------------------------------------------------- CUDA
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@needs_cuda
 @pytest.mark.parametrize(
     "flags", ["", "--freeze-features", "--optimizer rmsprop", "--resume", "--learning-rate 0 --start-e 0 --end-e 0"]
 )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, only_run, refused, run, scalars, start
+from conftest import ROOT, needs_cuda, only_run, refused, run, run_on_cuda, scalars, start
 from PIL import Image
 from torch import nn
 from torchvision import models
@@ -574,3 +574,15 @@ def test_published_files_have_older_names(arch, tmp_path):
     torch.save(older, tmp_path / "older.pth")
     trunk = fc.make_trunk(arch, str(tmp_path / "older.pth"), None)[0].state_dict()
     assert len(trunk) > 100 and all(torch.equal(tensor, state[name]) for name, tensor in trunk.items())
+
+
+@needs_cuda
+@pytest.mark.parametrize("more", [[], ["--cache-gb", 0, "--workers", 2]])
+def test_it_trains_resumes_and_evaluates_on_cuda(more, folder, weights, tmp_path):
+    flags = [*SMALL, "--data-dir", folder, "--weights", weights, "--learning-rate", 0.01, "--epochs", 3, *more]
+    assert "on cuda" in run_on_cuda(SCRIPT, *flags, cwd=tmp_path)
+    run_on_cuda(SCRIPT, "--resume", run_dir := only_run(tmp_path / "runs"), "--epochs", 5, cwd=tmp_path)
+    logged = scalars(run_dir)
+    assert len(logged["train/loss"]) == 5 and logged["train/loss"][-1][1] < logged["train/loss"][0][1]
+    out = run_on_cuda(SCRIPT, "--evaluate", run_dir, cwd=tmp_path)
+    assert f"test/top1 {logged['test/top1'][-1][1]:.4f}" in out

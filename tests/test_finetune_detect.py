@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import only_run, refused, run, scalars, start
+from conftest import needs_cuda, only_run, refused, run, run_on_cuda, scalars, start
 from PIL import Image
 from torch import nn
 from torchvision import models
@@ -732,3 +732,15 @@ def test_bad_input_gets_one_line(words, says, shapes, tmp_path):
     words = words.format(train=shapes / "train.json", data=f"--data-dir {shapes / 'images'} --annotations")
     error = refused("finetune_detect.py", *words.split(), cwd=tmp_path)
     assert says in error and "weights_only" not in error
+
+
+@needs_cuda
+@pytest.mark.parametrize("arch", ["fastrcnn", "fcos", "yolov3"])
+def test_it_trains_resumes_and_evaluates_on_cuda(arch, shapes, tmp_path):
+    words = flags(shapes, "--arch", arch, "--epochs", 2, "--workers", 2)
+    assert "on cuda" in run_on_cuda("finetune_detect.py", *words, cwd=tmp_path)
+    run_on_cuda("finetune_detect.py", "--resume", run_dir := only_run(tmp_path / "runs"), "--epochs", 3, cwd=tmp_path)
+    logged = scalars(run_dir)
+    assert len(logged["train/loss"]) == 3 and logged["train/loss"][-1][1] < logged["train/loss"][0][1]
+    out = run_on_cuda("finetune_detect.py", "--evaluate", run_dir, cwd=tmp_path)
+    assert f"AP {logged['test/AP'][-1][1]:.4f}" in out

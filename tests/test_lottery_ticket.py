@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, only_run, refused, run, scalars, start
+from conftest import ROOT, needs_cuda, only_run, refused, run, run_on_cuda, scalars, start
 from PIL import Image
 from torch import load, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -735,3 +735,13 @@ def test_bad_input_gets_one_line(flags, says, folder, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path):
     flags = [*SMALL, "--arch", "mlp", "--learning-rate", "1e12", "--epochs", 4]
     assert "try a lower --learning-rate" in refused(SCRIPT, "--dataset", f"folder:{folder}", *flags, cwd=tmp_path)
+
+
+@needs_cuda
+def test_tickets_are_found_and_transferred_on_cuda(folder, target, tmp_path):
+    assert "on cuda" in run_on_cuda(SCRIPT, "--dataset", f"folder:{folder}", *SMALL, *SHORT, cwd=tmp_path)
+    source = only_run(tmp_path / "runs")
+    run_on_cuda(SCRIPT, "--dataset", f"folder:{target}", *TRANSFER, "--tickets", source, "--logdir", "to", cwd=tmp_path)
+    assert len((only_run(tmp_path / "to") / "results.csv").read_text().splitlines()) == 4
+    ticket = load(source / "round_02.pt")
+    assert all((ticket["trained"][name][~mask] == 0).all() and mask.any() for name, mask in ticket["mask"].items())
