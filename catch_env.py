@@ -216,8 +216,5 @@ if __name__ == "__main__":
             episode += int(games.over[0])
             games.step(np.where(np.abs(away) <= games.reach, STAY, np.where(away < 0, LEFT, RIGHT)))
     if args.gif:
-        try:
-            pictures[0].save(args.gif, "GIF", save_all=True, append_images=pictures[1:], duration=1000 // 6, loop=0)
-        except OSError as error:
-            sys.exit(f"catch_env.py: --gif: {error}")
+        pictures[0].save(args.gif, "GIF", save_all=True, append_images=pictures[1:], duration=1000 // 6, loop=0)
         print(f"{len(pictures)} frames of {', '.join(args.env_id)} in {args.gif}")
