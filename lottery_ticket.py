@@ -18,13 +18,11 @@ import fcntl
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import signal
 import sys
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -76,10 +74,8 @@ class Args:
     patience: int = 5  # epochs without a lower validation loss after which a round ends (0: never; keeps the last)
     batch_size: int = 64  # images per update
     learning_rate: float = 0.1  # of SGD
-    milestones: list[int] | None = None  # epochs after which the learning rate falls (None: 50 60 75 of 90)
-    lr_decay: float = 0.1  # what the learning rate is multiplied by then
+    milestones: list[int] | None = None  # epochs after which the learning rate falls tenfold (None: 50 60 75 of 90)
     momentum: float = 0.9  # of SGD
-    nesterov: bool = True  # of SGD
     weight_decay: float = 1e-5  # of weights with two dimensions and more; never of biases and normalisation
 
     # Transfer, and what tickets are compared with
@@ -102,8 +98,7 @@ TICKET = ("mask", "weights", "trained", "meta")
 # Smallest and largest value of numeric flags
 BOUNDS = {"seed": (0, 2**63), "workers": (0, 1024), "image_size": (2, 4096), "train_fraction": (1e-6, 1),
           "prune_fraction": (1e-6, 0.999), "rounds": (1, 100), "epochs": (1, 10**6), "patience": (0, 10**6),
-          "batch_size": (2, 10**6), "learning_rate": (0, 1e15), "lr_decay": (0, 1), "momentum": (0, 1),
-          "weight_decay": (0, 1)}  # fmt: skip
+          "batch_size": (2, 10**6), "learning_rate": (0, 1e15), "momentum": (0, 1), "weight_decay": (0, 1)}  # fmt: skip
 NO_EFFECT = "cuda amp workers logdir track dataset data_dir rounds tickets save_networks"  # may change as a run goes on
 FREE = NO_EFFECT + " seed source_seed source_run"  # what runs of one arm may differ in
 
@@ -237,11 +232,6 @@ class Images:
         # (image, top, left, row, column, channel) without a copy, so that cutting out is one quick look-up
         self.windows = pixels.unfold(1, crop, 1).unfold(2, crop, 1).permute(0, 1, 2, 4, 5, 3)
 
-    def updates(self, batch_size: int) -> int:
-        """Number of batches; one image alone is none, as batch normalisation needs two values."""
-        full, rest = divmod(len(self.labels), batch_size)
-        return full + (rest > 1)
-
     def plan_epoch(self, seed: int, epoch: int) -> tuple[torch.Tensor, ...]:
         """The order of the images `(N,)`, corners of their crops `(N, 2)` and which are mirrored `(N,)`."""
         generator, n = random_stream(seed, "order", epoch), len(self.labels)
@@ -307,16 +297,12 @@ def prunable(network: nn.Module) -> dict[str, nn.Parameter]:
 # Pruning and training ------------------------------------------------------------------------------------------------
 def keep_largest(scores: torch.Tensor, n: int) -> torch.Tensor:
     """Marks the n largest of scores `(N,)`: bool `(N,)`. Of equal ones the later are kept, on every device."""
-    kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    kept[scores.sort(stable=True).indices[len(scores) - n :]] = True
-    return kept
+    return scores.argsort(stable=True).argsort() >= len(scores) - n
 
 
 def prune(weights: dict, masks: dict, kind: str, fraction: float) -> dict[str, torch.Tensor]:
-    """The next round's masks: exactly `fraction` of what remains is pruned, rounded, and never all of a layer.
-
-    They are those of `torch.nn.utils.prune`, which would rename the parameters and let "global" empty a layer.
-    """
+    """The next round's masks: exactly `fraction` of what remains is pruned, rounded, and never all of a layer."""
+    # As torch.nn.utils.prune has them, which would rename the parameters and let "global" empty a layer
     if kind == "channel":
         new = {}
         for name, mask in masks.items():
@@ -345,31 +331,20 @@ def random_masks(masks: dict, kind: str, seed: int) -> dict[str, torch.Tensor]:
     return new
 
 
-@torch.no_grad()
-def apply_masks(network: nn.Module, masks: dict[str, torch.Tensor]) -> None:
-    for name, weight in prunable(network).items():
-        weight.mul_(masks[name].to(weight.device))
-
-
 def make_optimizer(args: Args, network: nn.Module) -> torch.optim.Optimizer:
     decayed, rest = ([p for p in network.parameters() if (p.ndim > 1) == several] for several in (True, False))
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    nesterov = args.nesterov and args.momentum > 0
-    return torch.optim.SGD(groups, args.learning_rate, momentum=args.momentum, nesterov=nesterov, fused=True)
+    return torch.optim.SGD(groups, args.learning_rate, momentum=args.momentum, nesterov=args.momentum > 0, fused=True)
 
 
-def learn(network: nn.Module, optimizer, sparse: tuple[list, list] | None, images, labels, amp: bool) -> torch.Tensor:
-    """One update; returns the loss. `sparse`: the pruned weights and their masks in float.
-
-    Gradients of zero keep what is pruned, and its momentum, at exactly zero; masking these too would change nothing.
-    """
+def learn(network: nn.Module, optimizer, sparse: tuple[list, list], images, labels, amp: bool) -> torch.Tensor:
+    """One update; returns the loss. Gradients of zero keep pruned weights, and their momentum, at exactly zero."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp and images.is_cuda):
         loss = F.cross_entropy(network(images), labels)
     optimizer.zero_grad()
     loss.backward()
-    if sparse:
-        weights, masks = sparse
-        torch._foreach_mul_([weight.grad for weight in weights], masks)
+    weights, masks = sparse
+    torch._foreach_mul_([weight.grad for weight in weights], masks)
     optimizer.step()
     return loss.detach()
 
@@ -387,39 +362,29 @@ def evaluate(network: nn.Module, split: Images) -> torch.Tensor:
     return totals / len(split.labels)
 
 
-def log_epoch(writer: SummaryWriter, entry: dict) -> None:
-    for name in ("train_loss", "val_loss", "val_accuracy", "learning_rate"):
-        writer.add_scalar(f"round_{entry['round']:02d}/{name}", entry[name], entry["epoch"])
-
-
 def train_round(
-    args: Args, r: int, network: nn.Module, masks: dict, images: dict, keep_from: int, rounds_to_come: int,
-    writer: SummaryWriter, state: dict, checkpoint: str,
+    args: Args, r: int, network: nn.Module, masks: dict, images: dict, per_epoch: int, keep_from: int,
+    rounds_to_come: int, writer: SummaryWriter, state: dict, checkpoint: str,
 ) -> dict:  # fmt: skip
     """Train round `r` from its beginning, or from where `state` (the checkpoint's) has it, which is kept up to date.
 
-    Returns {best: scalars and weights, start: the weights at update `keep_from`, entries: of epochs, seconds}.
+    Returns {best: scalars and weights, start: the weights at update `keep_from`, entries: of epochs}.
     """
-    weights, optimizer, sparse = prunable(network), make_optimizer(args, network), None
-    per_epoch = images["train"].updates(args.batch_size)
+    weights, optimizer = prunable(network), make_optimizer(args, network)
     step = keep_from if r > 0 else 0
     total = args.epochs * per_epoch
-    if not all(mask.all() for mask in masks.values()):
-        # in the memory order of the weights, or multiplying would be slow
-        sparse = list(weights.values()), [torch.empty_like(w).copy_(masks[name]) for name, w in weights.items()]
-    best, start, entries, seconds = {"val_loss": math.inf, "epoch": step // per_epoch}, None, [], 0.0
+    # the masks in the memory order of the weights, or multiplying would be slow
+    sparse = list(weights.values()), [torch.empty_like(w).copy_(masks[name]) for name, w in weights.items()]
+    best, start, entries = {"val_loss": np.inf, "epoch": step // per_epoch}, None, []
     if state["round"] and state["round"]["round"] == r:
-        best, start, entries, seconds = (state["round"][name] for name in ("best", "start", "entries", "seconds"))
+        best, start, entries = (state["round"][name] for name in ("best", "start", "entries"))
         network.load_state_dict(state["round"]["network"])
-        optimizer.load_state_dict(copy.deepcopy(state["round"]["optimizer"]))  # else it would train those in `state`
+        optimizer.load_state_dict(state["round"]["optimizer"])
         step = entries[-1]["epoch"] * per_epoch
-    for entry in entries:  # the round's events are written anew, so that no point is there twice
-        log_epoch(writer, entry)
-    first_step, printed_at, begun = step, -math.inf, time.perf_counter()
-    saved_at = begun
+    first_step, printed_at, begun = step, -np.inf, time.perf_counter()
     while step < total and not (0 < args.patience <= step // per_epoch - best["epoch"] and step > keep_from):
         epoch, first_batch = divmod(step, per_epoch)
-        rate = args.learning_rate * args.lr_decay ** sum(epoch >= milestone for milestone in args.milestones)
+        rate = args.learning_rate * 0.1 ** sum(epoch >= milestone for milestone in args.milestones)
         for group in optimizer.param_groups:
             group["lr"] = rate
         plan = images["train"].plan_epoch(args.seed, epoch)
@@ -440,18 +405,17 @@ def train_round(
                       f"{speed * args.batch_size:,.0f} images/s  ETA of the run {eta} at most", flush=True)  # fmt: skip
         entry = {"round": r, "epoch": epoch + 1, "train_loss": float(loss_sum) / seen, "learning_rate": rate}
         entry["val_loss"], entry["val_accuracy"] = evaluate(network, images["val"]).tolist()
-        if not math.isfinite(entry["train_loss"] + entry["val_loss"]):
+        if not np.isfinite(entry["train_loss"] + entry["val_loss"]):
             fail(f"the loss is not finite in round {r}, epoch {epoch + 1}: try a lower --learning-rate")
-        log_epoch(writer, entry)
-        copies = copy.deepcopy({"network": network.state_dict(), "optimizer": optimizer.state_dict()})
-        entries = [*entries, entry]
+        entries.append(entry)
         if entry["val_loss"] < best["val_loss"] or not args.patience:
-            best = entry | {"network": copies["network"]}
-        state["round"] = copies | {"round": r, "best": best, "start": start, "entries": entries,
-                                   "seconds": seconds + time.perf_counter() - begun}  # fmt: skip
-        if time.perf_counter() - saved_at > 30:
-            save_atomically(checkpoint, lambda path: torch.save(state, path))
-            saved_at = time.perf_counter()
+            best = entry | {"network": copy.deepcopy(network.state_dict())}
+        state["round"] = {"round": r, "best": best, "start": start, "entries": entries, "network": network.state_dict(),
+                          "optimizer": optimizer.state_dict()}  # fmt: skip
+        save_atomically(checkpoint, lambda path: torch.save(state, path))
+        for name in ("train_loss", "val_loss", "val_accuracy", "learning_rate"):  # so that no point is there twice
+            writer.add_scalar(f"round_{r:02d}/{name}", entry[name], epoch + 1)
+        writer.flush()
     return state["round"]
 
 
@@ -473,9 +437,9 @@ def start_from_ticket(network: nn.Module, path: str, control: str, seed: int) ->
         masks = random_masks(masks, ticket["meta"]["pruning"], seed)
         # the weights that the mask may need and the ticket has pruned
         state = load_file(os.path.join(os.path.dirname(path), "round_00.pt"), TICKET)["weights"]
-    if control != "reinit":
-        network.load_state_dict(state | {f"fc.{name}": value for name, value in network.fc.state_dict().items()})
-    apply_masks(network, masks)
+    own = network.state_dict()
+    state = own if control == "reinit" else state | {name: own[name] for name in ("fc.weight", "fc.bias")}
+    network.load_state_dict(state | {name: state[name].cpu() * mask for name, mask in masks.items()})
     return masks
 
 
@@ -496,7 +460,7 @@ T95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student
 def mean_and_half(shares: list[float]) -> tuple[float, float]:
     """The mean, in percent, and half of its 95 % interval (Student's t; 0 for a single value)."""
     n, mean = len(shares), 100 * np.mean(shares)
-    half = 100 * T95[min(n, 10) - 2] * np.std(shares, ddof=1) / math.sqrt(n) if n > 1 else 0.0
+    half = 100 * T95[min(n, 10) - 2] * np.std(shares, ddof=1) / np.sqrt(n) if n > 1 else 0.0
     return mean, half
 
 
@@ -527,7 +491,7 @@ def difference(one: dict, other: dict, free: str = FREE) -> str:
 
 def read_runs(folders: list[str]) -> dict[str, dict[str, tuple[list[dict], dict[int, dict[str, list[float]]]]]]:
     """{target: {arm: (settings of every seed, {round: {column: a value for every seed}})}}"""
-    found = defaultdict(dict)
+    found = {}
     paths = sorted({path.resolve() for folder in folders for path in Path(folder).rglob("results.csv")})
     several = len({read_settings(path.parent)["arch"] for path in paths}) > 1
     for path in paths:
@@ -535,7 +499,7 @@ def read_runs(folders: list[str]) -> dict[str, dict[str, tuple[list[dict], dict[
         arm = settings["arm"]
         arm += f" ({settings['exp_name']})" if settings["exp_name"] != Args.exp_name else ""
         arm += f" ({settings['arch']})" if several else ""
-        runs, curve = found[settings["target"]].setdefault(arm, ([], {}))
+        runs, curve = found.setdefault(settings["target"], {}).setdefault(arm, ([], {}))
         if settings["seed"] in [other["seed"] for other in runs]:
             fail(f"{path}: there is another run of the same arm and seed")
         if runs and (differing := difference(runs[0], settings)):
@@ -543,26 +507,12 @@ def read_runs(folders: list[str]) -> dict[str, dict[str, tuple[list[dict], dict[
         runs.append(settings)
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                columns = curve.setdefault(int(row["round"]), defaultdict(list))
+                columns = curve.setdefault(int(row["round"]), {})
                 for name, value in row.items():
-                    columns[name].append(float(value))
+                    columns.setdefault(name, []).append(float(value))
     if not found:
         fail(f"--report {' '.join(folders)}: no runs with results there")
     return found
-
-
-def plot_accuracy(axes, label: str, curve: dict[int, dict[str, list]]) -> None:
-    """Mean test accuracy of the runs and its 95 % interval against the weights that are left."""
-    left = [100 * (1 - np.mean(curve[r]["sparsity"])) for r in sorted(curve)]
-    means, halves = np.array([mean_and_half(curve[r]["test_accuracy"]) for r in sorted(curve)]).T
-    if label.startswith("dense"):  # there is one, to be compared with all sparsities
-        axes.axhline(means[0], color="black", linestyle="--", label=label)
-        axes.axhspan(means[0] - halves[0], means[0] + halves[0], color="black", alpha=0.1, linewidth=0)
-    else:
-        (line,) = axes.plot(left, means, marker=".", label=label)
-        axes.fill_between(left, means - halves, means + halves, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xscale="log", xlabel="weights left, %", ylabel="accuracy, %")
-    axes.set_xlim(110, min(*axes.get_xlim(), 0.9 * left[-1]))
 
 
 def report(folders: list[str], out: str) -> None:
@@ -584,28 +534,29 @@ def report(folders: list[str], out: str) -> None:
         published = PUBLISHED.get(re.sub(r"[\s_]+", "-", target.lower()), "").split(", ")
         published, rows = dict(zip(["dense", "cifar10", "cifar100", "fashion-mnist", "own"], published)), []
         for arm, curve in zip(arms, curves.values()):
-            cells = []
-            for name in ("val_accuracy", "test_accuracy"):
-                best = max(curve.values(), key=lambda columns: np.mean(columns[name]))
-                cells.append(f"{shown(best['test_accuracy'])} ({np.mean(best['sparsity']):.3f})")
+            bests = [max(curve.values(), key=lambda row: np.mean(row[f"{s}_accuracy"])) for s in ("val", "test")]
+            cells = [f"{shown(best['test_accuracy'])} ({np.mean(best['sparsity']):.3f})" for best in bests]
             source = re.fullmatch(r"(.+?)(-global|-channel)?( \(.+\))?", arm)[1]  # controls are not published
             rows.append([arm, *cells, published.get(source) or "–"])
         head = ["best ticket (its sparsity)", "chosen on validation", "highest on test, as published", "published"]
         print_table(head, rows)
-        figure = Figure(figsize=(8.5, 4.2), layout="constrained")
-        axes = figure.subplots()
+        axes = Figure(figsize=(8.5, 4.2), layout="constrained").subplots()
         for label, curve in curves.items():
-            plot_accuracy(axes, label, curve)
-        axes.set_title(target)
+            left = [100 * (1 - np.mean(columns["sparsity"])) for columns in curve.values()]
+            means, halves = zip(*(mean_and_half(columns["test_accuracy"]) for columns in curve.values()))
+            bars = axes.errorbar(left, means, halves, marker=".", capsize=2, label=label)
+            if label.startswith("dense"):  # to be compared with all sparsities
+                axes.axhline(means[0], color=bars[0].get_color(), linestyle="--")
+        axes.set(title=target, xscale="log", xlabel="weights left, %", ylabel="accuracy, %")
+        axes.invert_xaxis()
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         picture = os.path.join(out, f"lottery_{target}.png".replace(" ", "_"))
-        save_atomically(picture, lambda path: figure.savefig(path, format="png"))
+        save_atomically(picture, lambda path: axes.figure.savefig(path, format="png"))
 
 
 def draw_curves(run_dir: str, rows: list[dict], history: list[dict]) -> None:
     """curves.png: the losses of every round by epoch."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     for row in rows:
         entries = [entry for entry in history if entry["round"] == row["round"]]
         epochs, color = [entry["epoch"] for entry in entries], colormaps["viridis"](row["sparsity"])
@@ -613,7 +564,7 @@ def draw_curves(run_dir: str, rows: list[dict], history: list[dict]) -> None:
         axes.plot(epochs, [entry["val_loss"] for entry in entries], color=color, label=f"round {row['round']}")
     axes.set(xlabel="epoch", ylabel="loss", yscale="log", title="dotted: training, solid: validation")
     axes.legend(fontsize=6, ncols=2)
-    save_atomically(os.path.join(run_dir, "curves.png"), lambda path: figure.savefig(path, format="png"))
+    save_atomically(os.path.join(run_dir, "curves.png"), lambda path: axes.figure.savefig(path, format="png"))
 
 
 if __name__ == "__main__":
@@ -623,8 +574,7 @@ if __name__ == "__main__":
     run_dir = args.resume
     if run_dir:
         run_dir = os.path.dirname(os.path.abspath(run_dir)) if os.path.isfile(run_dir) else run_dir
-        settings = read_settings(run_dir)
-        args = tyro.cli(Args, default=Args(**{name: settings[name] for name in vars(args) if name in settings}))
+        args = tyro.cli(Args, default=Args(**{k: v for k, v in read_settings(run_dir).items() if k in vars(args)}))
     if args.report:
         sys.exit(report(args.report, args.out))
     for name, (low, high) in BOUNDS.items():
@@ -641,8 +591,7 @@ if __name__ == "__main__":
         for path in sorted(map(str, Path(args.tickets).glob("round_*.pt"))) or [args.tickets]:
             source = load_file(path, TICKET)["meta"]
             tickets[source["round"]] = path
-    defaults = {"arch": "resnet50", "pruning": "global", "prune_fraction": 0.2, "rewind": "2ep"}
-    for name, default in defaults.items():
+    for name, default in {"arch": "resnet50", "pruning": "global", "prune_fraction": 0.2, "rewind": "2ep"}.items():
         if source and getattr(args, name) not in (None, source[name]):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.tickets} has {source[name]}")
         setattr(args, name, getattr(args, name) or source.get(name, default))
@@ -671,7 +620,8 @@ if __name__ == "__main__":
     crop = args.image_size if split_rows else parts["train"][0].shape[1]  # folders were read with a margin for crops
     augment = {"train": args.augment, "val": "none", "test": "none"}
     images = {split: Images(*parts[split], moments, crop, args.image_size, augment[split]) for split in SPLITS}
-    per_epoch = images["train"].updates(args.batch_size)
+    per_epoch, rest = divmod(len(images["train"].labels), args.batch_size)
+    per_epoch += rest > 1  # one image alone is no batch, as batch normalisation needs two values
     rewind = re.fullmatch(r"(?=.)(?:(\d+)ep)?(?:(\d+)it)?", args.rewind)
     if not rewind:
         fail(f"--rewind {args.rewind}: epochs (2ep) or updates (500it) are expected")
@@ -711,8 +661,7 @@ if __name__ == "__main__":
     settings |= {"target": target, "arm": arm, "classes": classes, "built_for": built_for or args.image_size}
     settings["images"] = [len(images[split].labels) for split in SPLITS]
     if source:
-        source_run = Path(next(iter(tickets.values()))).absolute().parent.name
-        settings |= {"source_seed": source["seed"], "source_run": source_run}
+        settings["source_run"] = Path(next(iter(tickets.values()))).absolute().parent.name
     if os.path.isfile(checkpoint):
         state = load_file(checkpoint, tuple(state))
         free = f"{NO_EFFECT} epochs patience milestones" if args.resume else NO_EFFECT
@@ -733,32 +682,31 @@ if __name__ == "__main__":
     generators = (random_stream(args.seed, purpose) for purpose in purposes)
     network = make_network(args.arch, len(classes), settings["built_for"], *generators, device)
     initial = copy.deepcopy(network.state_dict())
-    weights = prunable(network)
-    prunable_count = sum(p.numel() for p in weights.values())
+    prunable_count = sum(p.numel() for p in prunable(network).values())
     everything = sum(p.numel() for p in network.parameters())
     done = {row["round"] for row in state["rows"]}
     to_do = [r for r in (tickets or range(args.rounds)) if r < args.rounds and r not in done]
     if not done and not to_do:
         fail(f"--rounds {args.rounds}: the tickets are of rounds {', '.join(map(str, tickets))}")
     print(f"{run_dir}: {len(done)} rounds are done, {len(to_do)} to do, on {device}", flush=True)
+    writer = SummaryWriter(run_dir)
     try:
         for n, r in enumerate(to_do, 1):
             # ALGO LOGIC: what the round begins with
             network.load_state_dict(initial)
-            masks = {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
+            masks = {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in prunable(network).items()}
             if tickets.get(r):
                 masks = start_from_ticket(network, tickets[r], args.control, args.seed)
             elif r > 0:
                 first, previous = (load_file(f"{run_dir}/round_{i:02d}.pt", TICKET) for i in (0, r - 1))
                 masks = prune(previous["trained"], previous["mask"], args.pruning, args.prune_fraction)
-                network.load_state_dict(previous["trained"] if args.control == "lr-rewinding" else first["weights"])
-                apply_masks(network, masks)
-            for events in Path(run_dir).glob(f"events*.round_{r:02d}"):
-                events.unlink()
-            writer = SummaryWriter(run_dir, filename_suffix=f".round_{r:02d}")
+                weights = previous["trained"] if args.control == "lr-rewinding" else first["weights"]
+                network.load_state_dict(weights | {name: weights[name] * mask for name, mask in masks.items()})
 
             # ALGO LOGIC: training
-            end = train_round(args, r, network, masks, images, keep_from, len(to_do) - n, writer, state, checkpoint)
+            end = train_round(
+                args, r, network, masks, images, per_epoch, keep_from, len(to_do) - n, writer, state, checkpoint
+            )
 
             # The test images, once, with the weights of the lowest validation loss (without --patience the last)
             best = end["best"]
@@ -770,25 +718,23 @@ if __name__ == "__main__":
             row = {"round": r, "sparsity": 1 - remaining / prunable_count, "remaining": remaining,
                    "prunable": prunable_count, "parameters": everything - prunable_count + remaining,
                    "val_accuracy": best["val_accuracy"], "test_accuracy": test_accuracy, "val_loss": best["val_loss"],
-                   "best_epoch": best["epoch"], "epochs": end["entries"][-1]["epoch"],
-                   "seconds": round(end["seconds"], 1)}  # fmt: skip
+                   "best_epoch": best["epoch"], "epochs": end["entries"][-1]["epoch"]}  # fmt: skip
             meta = settings | row | {"dataset": target, "mean": moments[0].tolist(), "std": moments[1].tolist()}
             ticket = {"mask": masks, "weights": start, "trained": trained, "meta": meta}
             if not tickets or args.save_networks:
                 path = f"{run_dir}/{'network' if tickets else 'round'}_{r:02d}.pt"
                 save_atomically(path, lambda path: torch.save(ticket, path))
-            for name, value in row.items():
-                writer.add_scalar(f"rounds/{name}", value, r)
-            writer.close()
             rows = sorted([*state["rows"], row], key=lambda row: row["round"])
             state = {"rows": rows, "history": [*state["history"], *end["entries"]], "round": None}
             save_table(f"{run_dir}/results.csv", rows)
             draw_curves(run_dir, rows, state["history"])
             save_atomically(checkpoint, lambda path: torch.save(state, path))
+            for name, value in row.items():
+                writer.add_scalar(f"rounds/{name}", value, r)
+            writer.flush()
             print(f"round {r}: {remaining:,} of {prunable_count:,} weights (sparsity {row['sparsity']:.4f}); accuracy "
                   f"{row['val_accuracy']:.4f} in validation, {test_accuracy:.4f} in the test", flush=True)  # fmt: skip
     except KeyboardInterrupt:
-        save_atomically(checkpoint, lambda path: torch.save(state, path))
         print(f"stopped; the same command or --resume {run_dir} goes on after the last finished epoch", file=sys.stderr)
         sys.exit(130)
     print(f"{run_dir}: all rounds are done: results.csv, curves.png" + ("" if tickets else ", tickets round_RR.pt"))

@@ -68,7 +68,7 @@ def train(data, *flags, cwd):
 
 def rows_of(run_dir):
     with open(run_dir / "results.csv") as file:
-        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
 
 
 def same(one, other):
@@ -323,7 +323,6 @@ def test_a_round_on_fake_cuda(arch, monkeypatch):
             network = lt.make_network(arch, 3, 16, lt.random_stream(0))
         weights = lt.prunable(network)
         masks = {name: torch.ones(weight.shape, dtype=torch.bool, device="cpu") for name, weight in weights.items()}
-        lt.apply_masks(network, masks)
         sparse = list(weights.values()), [torch.empty_like(w).copy_(masks[name]) for name, w in weights.items()]
         optimizer = lt.make_optimizer(lt.Args(), network)
         for group in optimizer.param_groups:
@@ -461,7 +460,7 @@ def test_small_networks_have_a_short_schedule_and_the_eta_is_that_of_the_run(fol
 def assert_like(again, source):
     """A run that was stopped and went on has the same rounds, tickets and points as one that was not."""
     assert rows_of(again) == rows_of(source)
-    assert scalars(again, {"rounds/seconds"}) == scalars(source, {"rounds/seconds"})
+    assert scalars(again) == scalars(source)
     for r in range(3):
         one, other = load(source / f"round_{r:02d}.pt"), load(again / f"round_{r:02d}.pt")
         assert all(same(one[name], other[name]) for name in ("mask", "weights", "trained"))
@@ -502,15 +501,13 @@ def test_a_run_killed_in_the_middle_of_a_round(source, folder, tmp_path):
     """Nothing is lost or there twice; while it ran, the same command again was refused."""
     flags = ["--dataset", f"folder:{folder}", *SMALL, *SHORT]
     process = start(SCRIPT, *flags, "--rounds", 30, cwd=tmp_path)  # not over before it is killed
-    while not list(tmp_path.glob("runs/*/events*.round_01")) and process.poll() is None:
+    while not list(tmp_path.glob("runs/*/round_01.pt")) and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGSTOP)
     assert "cannot be written, or another process does it" in refused(SCRIPT, *flags, cwd=tmp_path)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait(timeout=120) == -9
     run_dir = only_run(tmp_path / "runs")
-    with lt.SummaryWriter(run_dir, filename_suffix=".round_01") as writer:  # a point that came after the checkpoint
-        writer.add_scalar("round_01/val_loss", 9.0, 2)
     run(SCRIPT, *flags, cwd=tmp_path)
     assert_like(run_dir, source)
 
