@@ -717,27 +717,22 @@ def paper_ap(coco: COCO, results: COCO, ids: list[int], category: int, iou: floa
 
 
 def measure(coco: COCO, results: list[dict], ids: list[int]) -> dict[str, float]:
-    """COCO's AP (IoU 0.5 to 0.95), AP50, AP75; the paper's AP@0.1 and AP@0.5; all but AP50, AP75 also by class."""
-    classes = {category["id"]: category["name"] for category in coco.dataset["categories"]}
-    metrics = {name: 0.0 for name in ("AP", "AP50", "AP75", *(f"AP/{name}" for name in classes.values()))}
-    index = COCO()
-    if results:
-        with contextlib.redirect_stdout(io.StringIO()):
-            index = coco.loadRes(results)
-            evaluation = COCOeval(coco, index, "bbox")
-            evaluation.params.imgIds = ids
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-        stats = [value if value > -1 else math.nan for value in evaluation.stats.tolist()]  # -1: nothing to be found
-        metrics |= dict(zip(("AP", "AP50", "AP75"), stats))
-        for k, name in enumerate(classes.values()):
-            precision = evaluation.eval["precision"][:, :, k, 0, 2]
-            metrics[f"AP/{name}"] = float(precision.mean()) if precision.max() > -1 else math.nan
-    for iou in (0.1, 0.5):
-        each = {f"AP@{iou}/{name}": paper_ap(coco, index, ids, i, iou) for i, name in classes.items()}
-        known = [value for value in each.values() if not math.isnan(value)]
-        metrics |= {f"AP@{iou}": sum(known) / len(known) if known else math.nan} | each
+    """COCO's AP (IoU 0.5 to 0.95), AP50 and AP75, and the paper's AP@0.1 and AP@0.5; each also by class."""
+    metrics = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        index = coco.loadRes(results) if results else COCO()
+        evaluation = COCOeval(coco, index, "bbox")
+        evaluation.params.imgIds = ids or [-1]  # COCO takes none for all
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][:, :, :, 0, 2]  # by IoU, recall and class; -1: nothing to be found
+    by_class = {"AP": precision.mean((0, 1)), "AP50": precision[0].mean(0), "AP75": precision[5].mean(0)}
+    by_class |= {f"AP@{iou}": [paper_ap(coco, index, ids, i, iou) for i in coco.cats] for iou in (0.1, 0.5)}
+    for metric, values in by_class.items():
+        values = [float(value) if value > -1 else math.nan for value in values]
+        known = [value for value in values if not math.isnan(value)]
+        metrics[metric] = sum(known) / len(known) if known else math.nan
+        metrics |= {f"{metric}/{c['name']}": value for c, value in zip(coco.cats.values(), values)}
     return metrics
 
 
@@ -747,11 +742,9 @@ def describe(metrics: dict[str, float]) -> str:
 
 def draw_detections(data: Pictures, results: list[dict], ids: list[int], threshold: float, folder: str) -> None:
     """Write the images `ids` with their boxes of `threshold` and more, and these boxes' classes and scores, as PNGs."""
-    by_image = defaultdict(list)
-    for box in results:
-        by_image[box["image_id"]].append(box)
+    drawn = [box for box in results if box["score"] >= threshold]
     for i in ids:
-        image, found = data[i][0], [box for box in by_image[i] if box["score"] >= threshold]
+        image, found = data[i][0], [box for box in drawn if box["image_id"] == i]
         words = [f"{box['category']} {box['score']:.2f}" for box in found]
         if found:
             colors = [f"hsl({47 * box['category_id'] % 360}, 100%, 70%)" for box in found]  # torchvision's has black

@@ -146,7 +146,6 @@ FREE = """env_id exp_name seed pretrained pretrained_env_id pretrained_head keep
     cudagraphs logdir resume evaluate track capture_video eval_frequency checkpoint_frequency""".split()
 FREE = {"algorithm", "architecture", "double", "dueling", *FREE, *(f"pretrained_{name}" for name in FREE)}
 FREE -= {f"pretrained_{name}" for name in ("keep_head", "head_fraction", "freeze_features")}  # of a chain's first link
-RESUMED = Event(session_log=SessionLog(status=SessionLog.START)).SerializeToString()
 
 
 def game(env_id: str) -> str:
@@ -157,22 +156,20 @@ def game(env_id: str) -> str:
 def read_run(folder: str, tags: list[str]) -> Run:
     """The run in `folder` with its curves of `tags`, or an error that says why there is none."""
     flags, points, begin = {}, {tag: [] for tag in tags}, np.inf
-    wanted = re.compile(b"|".join(map(re.escape, [RESUMED, b"hyperparameters/", *map(str.encode, tags)])))
     for path in sorted(Path(folder).glob("*tfevents*")):
         buffer = path.read_bytes()
         start = 12  # a record: length of the event (8 bytes), checksum (4), event, checksum (4); the last may be cut
         while start <= len(buffer) and (end := start + struct.unpack_from("<Q", buffer, start - 12)[0]) < len(buffer):
-            if wanted.search(buffer, start, end):  # the others are not parsed: that is slow
-                event = Event.FromString(buffer[start:end])
-                if event.session_log.status == SessionLog.START:
-                    points = {tag: [point for point in points[tag] if point[0] < event.step] for tag in tags}
-                for value in event.summary.value:
-                    if value.tag in points:
-                        points[value.tag].append((event.step, value.simple_value))
-                    elif value.tag == "hyperparameters/text_summary":
-                        rows = value.tensor.string_val[0].decode().splitlines()[2:]
-                        flags |= dict(row[1:-1].split("|", 1) for row in rows)
-                        begin = min(begin, event.step)
+            event = Event.FromString(buffer[start:end])
+            if event.session_log.status == SessionLog.START:  # resumed: what is written again goes
+                points = {tag: [point for point in points[tag] if point[0] < event.step] for tag in tags}
+            for value in event.summary.value:
+                if value.tag in points:
+                    points[value.tag].append((event.step, value.simple_value))
+                elif value.tag == "hyperparameters/text_summary":
+                    rows = value.tensor.string_val[0].decode().splitlines()[2:]
+                    flags |= dict(row[1:-1].split("|", 1) for row in rows)
+                    begin = min(begin, event.step)
             start = end + 16
     if not {"algorithm", "env_id", "seed", "exp_name"} <= set(flags):
         raise ValueError("it has logged no hyper-parameters with algorithm, env_id, seed and exp_name")
@@ -180,20 +177,18 @@ def read_run(folder: str, tags: list[str]) -> Run:
         raise ValueError(f"it begins at step {begin:,}: the rest of a run that was resumed elsewhere")
     if not "".join([str(folder), *flags.values()]).isprintable():
         raise ValueError("control characters in the folder's name or in its hyper-parameters")
+    given = {name for name, value in flags.items() if value not in ("None", "False", "0.0")}
     algorithm = "DQN" if flags["algorithm"] == "DDQN" and flags.get("double") == "False" else flags["algorithm"]
-    algorithm = "Dueling " * (flags.get("dueling") == "True") + algorithm
+    algorithm = "Dueling " * ("dueling" in given) + algorithm
     algorithm += f" {flags['architecture']}" if flags.get("architecture", "separate") != "separate" else ""
-    mode, source, nothing = "scratch", "", (None, "None")
-    if flags.get("pretrained") not in nothing:
-        mode, source = "fine-tuning", game(flags["pretrained_env_id"])
-        mode = "only-head" if flags.get("freeze_features") == "True" else mode
-        if flags.get("pretrained_head") not in nothing:
-            mode = "hybrid" + ", features frozen" * (mode == "only-head")
-        elif flags.get("pretrained_pretrained") not in nothing:
-            mode += ", of a transferred run"
-        mode += ", head kept" * (flags.get("keep_head") == "True")
-        mode += f", {flags['head_fraction']} of the head" if float(flags.get("head_fraction", 0)) else ""
-    identity = algorithm, mode, source, game(flags["env_id"]), int(flags["seed"])
+    mode = "scratch" if "pretrained" not in given else "only-head" if "freeze_features" in given else "fine-tuning"
+    if "pretrained_head" in given:
+        mode = "hybrid" + ", features frozen" * (mode == "only-head")
+    elif "pretrained_pretrained" in given:
+        mode += ", of a transferred run"
+    mode += ", head kept" * ("keep_head" in given)
+    mode += f", {flags['head_fraction']} of the head" if "head_fraction" in given else ""
+    identity = algorithm, mode, game(flags.get("pretrained_env_id", "")), game(flags["env_id"]), int(flags["seed"])
     curves = {tag: np.array(points[tag]).reshape(-1, 2) for tag in tags}
     checkpoint = Path(folder, f"{flags['exp_name']}.pt")
     return Run(checkpoint, flags, curves, *identity, int(float(flags.get("total_timesteps", 0))))
