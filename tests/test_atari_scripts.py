@@ -440,10 +440,11 @@ def test_evaluate_prints_what_was_measured(source, tmp_path):
 
 @pytest.mark.parametrize("weights, games, least", [
     ("pong_dqn", 2, -5), ("pong_dqv", 2, -5), ("pong_dqv_max", 2, -5), ("boxing_dqv", 2, 0.5), ("enduro_dqv", 1, 100),
+    ("pong_dqv_enduro", 2, 5),
 ])  # fmt: skip
 def test_the_committed_networks_play(weights, games, least, tmp_path):
     """Their page says how well; random play has -20.7, 0.1 and 0."""
-    script = f"{weights.split('_', 1)[1].replace('dqn', 'ddqn')}_atari.py"
+    script = f"{weights.split('_', 1)[1].replace('dqn', 'ddqn').removesuffix('_enduro')}_atari.py"
     flags = ["--evaluate", ROOT / "results" / "atari" / f"{weights}.pt", "--eval-episodes", games]
     out = run(script, *flags, cwd=tmp_path).stdout
     assert float(out.split("episodic_return ")[1].split(",")[0]) > least
