@@ -82,7 +82,7 @@ def test_the_catch_study_s_tables_follow_from_its_curves(tmp_path):
     assert printed("table", tmp_path / "runs") == (results / "table.md").read_text()
     page = (results / "README.md").read_text().split("**Transfer between Catch games**")[1].split("\n**")[0]
     found = [cell for cell in cells(tmp_path / "runs").values() if not np.isnan(cell["R"])]
-    assert len(found) == 6 + 9 and all(f"{tm.shown(cell, 'R', interval=False)} " in page for cell in found)
+    assert len(found) == 12 + 9 and all(f"{tm.shown(cell, 'R', interval=False)} " in page for cell in found)
 
 
 @pytest.mark.parametrize("n", [3, 5, 10])
