@@ -413,7 +413,7 @@ def train_round(
         state["round"] = {"round": r, "best": best, "start": start, "entries": entries, "network": network.state_dict(),
                           "optimizer": optimizer.state_dict()}  # fmt: skip
         save_atomically(checkpoint, lambda path: torch.save(state, path))
-        for name in ("train_loss", "val_loss", "val_accuracy", "learning_rate"):  # so that no point is there twice
+        for name in ("train_loss", "val_loss", "val_accuracy", "learning_rate"):  # once a checkpoint has the epoch
             writer.add_scalar(f"round_{r:02d}/{name}", entry[name], epoch + 1)
         writer.flush()
     return state["round"]
