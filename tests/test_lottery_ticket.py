@@ -497,7 +497,7 @@ def test_a_run_stopped_again_and_again_is_the_same(source, folder, tmp_path, mon
         assert_like(only_run(tmp_path / "runs"), source)
 
 
-def test_a_run_killed_in_the_middle_of_a_round(source, folder, tmp_path):
+def test_a_run_killed_as_a_round_ends(source, folder, tmp_path):
     """Nothing is lost or there twice; while it ran, the same command again was refused."""
     flags = ["--dataset", f"folder:{folder}", *SMALL, *SHORT]
     process = start(SCRIPT, *flags, "--rounds", 30, cwd=tmp_path)  # not over before it is killed
