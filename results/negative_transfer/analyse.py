@@ -137,15 +137,17 @@ def analyse() -> None:
         share = f"{(negative < 0).sum()} of {len(negative)}, {(ratios < 0).sum()} of {len(ratios)}"
         rows.append([ARMS[arm][0], kind, str(len(seeds)), share, interval(ratios), interval(differences)])
     print_table(["terminals", "transfer", "seeds", "R < 0: runs, seeds", "R", "late difference"], rows)
-    print("The same, minus that of the same seed with terminals stored:\n")
-    rows = []
-    for (arm, kind), seeds in pattern.items():
-        both = sorted(set(seeds) & set(pattern.get(("correct", kind), ()))) if arm != "correct" else []
-        if both:
-            mine, theirs = (np.array([np.mean(pattern[key, kind][seed], axis=0) for seed in both])
-                            for key in (arm, "correct"))  # fmt: skip
-            rows.append([ARMS[arm][0], kind, str(len(both)), *(interval(column) for column in (mine - theirs).T)])
-    print_table(["terminals", "transfer", "seeds", "R", "late difference"], rows)
+    for reference in ("correct", "no_terminal"):
+        print(f"The same, minus that of the same seed with {ARMS[reference][0]}:\n")
+        rows = []
+        for (arm, kind), seeds in pattern.items():
+            both = sorted(set(seeds) & set(pattern.get((reference, kind), ())))
+            if both and arm not in ("correct", reference):
+                mine, theirs = (np.array([np.mean(pattern[key, kind][seed], axis=0) for seed in both])
+                                for key in (arm, reference))  # fmt: skip
+                differences = (interval(column) for column in (mine - theirs).T)
+                rows.append([ARMS[arm][0], kind, str(len(both)), *differences])
+        print_table(["terminals", "transfer", "seeds", "R", "late difference"], rows)
     print(
         "Rank correlation of R with the source's dead units and feature rank, and with what the network has in the end"
     )
