@@ -516,7 +516,8 @@ if __name__ == "__main__":
         wandb.init(name=os.path.basename(run_dir), config=vars(args), sync_tensorboard=True, save_code=True)
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if path else None)
     origin = {"env_id": "unknown"} | source["args"] | {"algorithm": source.get("algorithm")} if source else {}
-    facts = {"algorithm": ALGORITHM} | vars(args) | {f"pretrained_{name}": value for name, value in origin.items()}
+    facts = {"algorithm": ALGORITHM, "script": os.path.basename(__file__)} | vars(args)
+    facts |= {f"pretrained_{name}": value for name, value in origin.items()}
     table = "\n".join(f"|{name}|{value}|" for name, value in facts.items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", global_step)
 

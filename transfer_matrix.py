@@ -19,7 +19,6 @@ import struct
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import IO, Literal
@@ -142,10 +141,10 @@ class Run:
 
 
 # Flags of runs, and of the sources that they began from, that do not change what is learned, or stand in a run's fields
-FREE = """env_id exp_name seed pretrained pretrained_env_id pretrained_head keep_head head_fraction freeze_features cuda
-    cudagraphs logdir resume evaluate track capture_video eval_frequency checkpoint_frequency""".split()
-FREE = {"algorithm", "architecture", "double", "dueling", *FREE, *(f"pretrained_{name}" for name in FREE)}
-FREE -= {f"pretrained_{name}" for name in ("keep_head", "head_fraction", "freeze_features")}  # of a chain's first link
+LABELS = "algorithm architecture double dueling keep_head head_fraction freeze_features".split()  # a source's matter
+FREE = """env_id exp_name seed pretrained pretrained_env_id pretrained_head cuda cudagraphs logdir resume evaluate track
+    capture_video eval_frequency checkpoint_frequency""".split()
+FREE = {*LABELS, *FREE, *(f"pretrained_{name}" for name in FREE)}
 
 
 def game(env_id: str) -> str:
@@ -175,8 +174,6 @@ def read_run(folder: str, tags: list[str]) -> Run:
         raise ValueError("it has logged no hyper-parameters with algorithm, env_id, seed and exp_name")
     if begin:
         raise ValueError(f"it begins at step {begin:,}: the rest of a run that was resumed elsewhere")
-    if not "".join([str(folder), *flags.values()]).isprintable():
-        raise ValueError("control characters in the folder's name or in its hyper-parameters")
     given = {name for name, value in flags.items() if value not in ("None", "False", "0.0")}
     algorithm = "DQN" if flags["algorithm"] == "DDQN" and flags.get("double") == "False" else flags["algorithm"]
     algorithm = "Dueling " * ("dueling" in given) + algorithm
@@ -189,7 +186,10 @@ def read_run(folder: str, tags: list[str]) -> Run:
     mode += ", head kept" * ("keep_head" in given)
     mode += f", {flags['head_fraction']} of the head" if "head_fraction" in given else ""
     identity = algorithm, mode, game(flags.get("pretrained_env_id", "")), game(flags["env_id"]), int(flags["seed"])
-    curves = {tag: np.array(points[tag]).reshape(-1, 2) for tag in tags}
+    curves = {}
+    for tag in tags:  # games that end at the same step are one point, their mean
+        steps, index, n = np.unique([step for step, _ in points[tag]], return_inverse=True, return_counts=True)
+        curves[tag] = np.c_[steps, np.bincount(index, [value for _, value in points[tag]]) / n]
     checkpoint = Path(folder, f"{flags['exp_name']}.pt")
     return Run(checkpoint, flags, curves, *identity, int(float(flags.get("total_timesteps", 0))))
 
@@ -387,15 +387,15 @@ def plan(args: Args) -> None:
     runs = [run for run in read_runs(args.logdir, [args.metric]) if run.checkpoint.is_file()]
     usual = {"double": "True", "dueling": "False", "architecture": "separate", "terminal": "True"}
     usual |= {"keep_head": "False", "head_fraction": "0.0"}
-    script = Path(args.script)  # the runs of a changed copy are known by their name
-    usual |= {"algorithm": ALGORITHMS[script.name]} if script.name in ALGORITHMS else {"exp_name": script.stem}
-    clean = partial(re.sub, r", head kept|, \S+ of the head", "")  # of a mode, what flags say
+    script = Path(args.script).name
+    usual |= {"script": script} | ({"algorithm": ALGORITHMS[script]} if script in ALGORITHMS else {})
+    heads = r", head kept|, \S+ of the head"  # of a mode, what flags say
 
     def find(flags: str, *identity: str | int) -> list[Run]:
         """Runs with these flags, of the algorithm proper where they say nothing else; the newest complete one last."""
-        given = re.findall(r"--(no-)?([\w-]+)(?:[ =]+(?!--)(\S+))?", flags)
+        given = re.findall(r"--(no[-_])?([\w-]+)(?:[ =]+(?!--)(\S+))?", flags)
         wanted = usual | {name.replace("-", "_"): value or str(not off) for off, name, value in given}
-        same = [run for run in runs if (clean(run.mode), run.source, run.target, run.seed) == identity]
+        same = [run for run in runs if (re.sub(heads, "", run.mode), run.source, run.target, run.seed) == identity]
         same = [run for run in same if all(number(run.flags.get(k, v)) == number(v) for k, v in wanted.items())]
         return sorted(same, key=lambda run: not run.lacks(args.metric))
 
@@ -482,8 +482,9 @@ def plot(args: Args) -> None:
             for step, value in curve:
                 values[int(step)][tag] = f"{value:.6g}"
         rows += [fields | {"step": step} | values[step] for step in sorted(values)]
-        estimate, outcome = run.curves["eval/max_q"], run.curves["eval/discounted_return"]
-        run.curves[PANELS[0]] = np.c_[estimate[:, 0], estimate[:, 1] - outcome[:, 1]]
+        outcome = dict(run.curves["eval/discounted_return"])
+        gaps = [(step, value - outcome[step]) for step, value in run.curves["eval/max_q"] if step in outcome]
+        run.curves[PANELS[0]] = np.array(gaps).reshape(-1, 2)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     with open(f"{args.out}/curves.csv", "w", newline="") as file:
         write(rows, "csv", file)

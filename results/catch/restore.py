@@ -23,7 +23,6 @@ for row in rows:
     runs[tuple(row[:5])].append(row[5:])
 for (algorithm, mode, source, target, seed), points in runs.items():
     flags = {"algorithm": algorithm, "env_id": f"catch_env:{target}", "exp_name": "restored", "seed": seed}
-    flags["total_timesteps"] = int(points[-1][0]) // 1000 * 1000  # all games step at once: a run ends a little late
     if mode not in ("scratch", "fine-tuning", "only-head", "hybrid"):
         sys.exit(f"{path} has runs of the mode {mode}, which cannot be written again")
     if source:
