@@ -176,8 +176,8 @@ class CatchEnv(gym.Env):
 
 
 for env_id, variant in VARIANTS.items():  # for gym.make("catch_env:Catch-v0") and gym.make_vec(..., num_envs=64)
-    gym.register(env_id, f"{__name__}:CatchEnv", vector_entry_point=f"{__name__}:CatchVectorEnv", kwargs=variant)
-for env_id in VARIANTS:  # a second loop: gymnasium registers no Catch-v1 beside a Catch without a version
+    entries = {"entry_point": f"{__name__}:CatchEnv", "vector_entry_point": f"{__name__}:CatchVectorEnv"}
+    gym.registry[env_id] = gym.envs.registration.EnvSpec(env_id, **entries, kwargs=variant)
     gym.registry[env_id].version = None  # five games, not five editions of one, of which four were out of date
 
 

@@ -39,7 +39,7 @@ class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
     seed: int = 1  # seed of the experiment: two CPU runs with equal flags write equal scalars
     cuda: bool = True  # train on CUDA when there is a GPU
-    cudagraphs: bool = True  # on CUDA, replay acting and updating as CUDA graphs
+    cudagraphs: bool = True  # on CUDA, replay acting and updating as graphs, with Python's numbers as at capture
     bf16: bool = False  # networks in bfloat16 (slow on a CPU without AVX512-BF16); losses, targets in float32
     logdir: str = "runs"  # folder in which the run's own folder is made
     resume: str | None = None  # run (folder or checkpoint) to continue with its flags; some may be given anew
@@ -334,7 +334,7 @@ def evaluate(args: Args, envs, q_network: nn.Module, look: Callable, seed: int, 
     scalars = {"episodic_return": np.mean(returns), "episodic_return_std": np.std(returns)}
     for name, column in zip((*values, "discounted_return"), (*columns, to_go[:-1])):
         scalars[name] = column[played].mean()
-    # nan_to_num: eigvalsh would raise where a network has diverged, which the next log says in a sentence
+    # the roots of the eigenvalues of H'H are H's singular values; nan_to_num: eigvalsh raises where H has diverged
     cumulated = torch.linalg.eigvalsh(gram.cpu().nan_to_num(0, 0, 0)).clamp(min=0).sqrt().flip(0).cumsum(0)
     scalars |= {"dead_units": (highest <= 0).float().mean(), "feature_norm": norms / played.sum()}
     scalars["feature_rank"] = 1 + (cumulated < 0.99 * cumulated[-1]).sum()
@@ -481,7 +481,7 @@ if __name__ == "__main__":
     for network in (*networks.values(), target_network):
         network.to(device, memory_format=torch.channels_last)  # the layout of fast convolutions
     for name, network in networks.items():
-        if path:
+        if checkpoint:
             load_tensors(network, checkpoint.get(name, checkpoint["q_network"]), path)
         for part, parameter in network.named_parameters():
             parameter.requires_grad_(not args.freeze_features or part in head_names(network))
@@ -514,7 +514,7 @@ if __name__ == "__main__":
         import wandb
 
         wandb.init(name=os.path.basename(run_dir), config=vars(args), sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if path else None)
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if checkpoint else None)
     origin = {"env_id": "unknown"} | source["args"] | {"algorithm": source.get("algorithm")} if source else {}
     facts = {"algorithm": ALGORITHM, "script": os.path.basename(__file__)} | vars(args)
     facts |= {f"pretrained_{name}": value for name, value in origin.items()}
@@ -524,7 +524,7 @@ if __name__ == "__main__":
     # TRY NOT TO MODIFY: the state of the run; a resumed one first refills its memory, in `refill` steps not counted
     updates, refill = checkpoint.get("updates", 0), min(global_step, args.learning_starts)
     rng = np.random.default_rng((args.seed, global_step))  # of the behaviour policy; torch's draws the batches
-    if path:  # the moments, not the param_groups: a learning rate given anew must hold
+    if checkpoint:  # the moments, not the param_groups: a learning rate given anew must hold
         torch.manual_seed(seed_for(3, global_step))
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint[name]["state"]})
@@ -566,7 +566,7 @@ if __name__ == "__main__":
     # TRY NOT TO MODIFY: start the game
     on_the_ale, eval_envs = isinstance(envs, AtariVectorEnv), None
     playing, zeros = np.ones(args.num_envs, bool), np.zeros(args.num_envs)
-    rb.stage(zeros, zeros, zeros, obs, restarted=playing, playing=playing)  # all begin
+    rb.stage(zeros, zeros, zeros, obs, restarted=np.ones(args.num_envs, bool), playing=playing)  # all begin
     returns, lengths, lives = zeros, zeros, infos.get("lives", zeros)
     recent = deque(maxlen=20)  # returns of the last games, for the console
     exploration_steps = max(1, args.exploration_fraction * args.total_timesteps)
@@ -636,7 +636,7 @@ if __name__ == "__main__":
                 print(f"step {global_step:,}/{args.total_timesteps:,}  SPS {sps:,.0f}  ETA {left}  return {score}  "
                       f"epsilon {epsilon:.3f}{f'  refilling: {refill:,}' if refill else ''}", flush=True)  # fmt: skip
                 line_time = now
-            if reached(1_000) or finished:
+            if reached(1_000) or reached(args.checkpoint_frequency) or finished:  # no checkpoint of what is not finite
                 *losses, n_updates, max_q, n_states = sums.tolist()  # the only place where logging waits
                 sums.zero_()
                 if not np.isfinite([*losses, max_q]).all():

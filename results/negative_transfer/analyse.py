@@ -14,16 +14,18 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from transfer_matrix import read_runs, relative_change  # noqa: E402
+from transfer_matrix import read_runs, relative_change, shown  # noqa: E402
 
 COLUMNS = ["episodic_return", "discounted_return", "max_q", "dead_units", "feature_norm", "feature_rank"]
-KEYS = ["arm", "mode", "source", "target", "seed"]
 # {arm: (title, arm of the runs from scratch on the same terms, arm of the sources)}
 ARMS = {
     "correct": ("terminals stored", "correct", "correct"),
     "no_terminal": ("none in source and target", "no_terminal", "no_terminal"),
     "source_only": ("none in the source", "correct", "no_terminal"),
     "target_only": ("none in the target", "no_terminal", "correct"),
+    "long_correct": ("terminals stored, 72,000 steps", "long_correct", "long_correct"),
+    "long_no_terminal": ("none in both, 72,000 steps", "long_no_terminal", "long_no_terminal"),
+    "slow_correct": ("terminals stored, target network copied a tenth as often", "slow_correct", "slow_correct"),
     "slow_target": ("none in both, target network copied a tenth as often", "slow_target", "slow_target"),
     "frozen_target": ("none in both, target network never copied", "frozen_target", "frozen_target"),
     "rmsprop": ("none in both, RMSprop", "rmsprop", "rmsprop"),
@@ -31,6 +33,9 @@ ARMS = {
     "explore": ("none in both, epsilon falls over half of the steps", "explore", "explore"),
     "long_source": ("none in both, sources trained thrice as long", "no_terminal", "long_source"),
 }
+BESIDE = {"correct": list(ARMS)[1:4] + ["rmsprop", "each_step", "explore", "long_source"],
+          "no_terminal": list(ARMS)[2:4] + ["slow_target", "rmsprop", "each_step", "explore", "long_source"],
+          "long_correct": ["long_no_terminal"], "slow_correct": ["slow_target"]}  # fmt: skip
 
 
 def collect(logdir: str) -> None:
@@ -72,17 +77,39 @@ def late(curve: np.ndarray, column: str = "episodic_return") -> float:
     return curve[-len(curve) // 3 :, 1 + COLUMNS.index(column)].mean()
 
 
-def interval(values: np.ndarray) -> str:
-    """Mean [95 % interval of Student's t], * where it excludes 0."""
-    mean, low, high = (1 + end for end in relative_change(values, np.ones(len(values))))
-    star = "*" if low > 0 or high < 0 else ""
-    return f"{mean:+.3f}{star}" + ("" if np.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")
+def interval(values: np.ndarray, scratch: np.ndarray | None = None) -> str:
+    """Mean, or with `scratch` ratio of the means - 1 [95 % interval], * where it excludes 0."""
+    change = relative_change(values, np.ones(len(values)) if scratch is None else scratch)
+    return shown(dict(zip(("R", "R_low", "R_high"), np.add(change, scratch is None))), "R")
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's; equal values share their mean rank."""
-    ranks = [(values[:, None] > values).mean(axis=1) + (values[:, None] >= values).mean(axis=1) for values in (x, y)]
-    return np.corrcoef(*ranks)[0, 1]
+def kinds(mode: str, source: str, target: str) -> list[str]:
+    """The kinds of transfer over whose cells means are taken."""
+    with_v1 = "Catch-v1" in (source, target)
+    if source == target:
+        return [f"to itself, {mode}" + with_v1 * ", Catch-v1"]
+    return ["from or to Catch-v1" if with_v1 else "between v0 and v3", "between all three"]
+
+
+def centred_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks within each column minus their mean, 0 where a value is missing; equal values share their mean rank."""
+    ranks = ((values[:, None] > values).sum(axis=1) + (values[:, None] >= values).sum(axis=1)) / 2
+    ranks = np.where(np.isnan(values), np.nan, ranks)
+    return np.nan_to_num(ranks - np.nanmean(ranks, axis=0))
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> str:
+    """Spearman's within cells, of `(seeds, cells)`; * where less than 5 % of permutations of whole seeds give as much.
+
+    Seeds change places with those that have the same cells only.
+    """
+    groups = np.unique(np.isnan(x), axis=0, return_inverse=True)[1].ravel()
+    a, b = (centred_ranks(values)[np.argsort(groups, kind="stable")] for values in (x, y))
+    groups, rng = np.sort(groups), np.random.default_rng(0)
+    orders = [np.lexsort((rng.random(len(a)), groups)) for _ in range(4000)]
+    by_chance = np.array([(a[order] * b).sum() for order in orders])
+    share = (1 + (abs(by_chance) >= abs((a * b).sum()) - 1e-9).sum()) / (1 + len(orders))
+    return f"{(a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()):+.2f}{'*' * int(share < 0.05)}"
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:
@@ -91,74 +118,104 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
     print()
 
 
-def analyse() -> None:
-    curves = read_curves()
-    ends, cells, points, gains = [], [], [], defaultdict(list)
-    pattern = defaultdict(lambda: defaultdict(list))  # {(arm, kind): {seed: [(R, late difference)]}}
-    for arm, (title, scratch_arm, source_arm) in ARMS.items():
-        scratch = defaultdict(list)
+def print_ends(curves: dict[tuple, np.ndarray]) -> None:
+    print("From scratch on Catch-v0 and v3: the step at which 0.9 is first reached, means over the last third:\n")
+    rows = []
+    for arm, (title, *_) in ARMS.items():
+        scratch, reached = defaultdict(list), []
         for (its_arm, mode, _, target, seed), curve in curves.items():
             if its_arm == arm and mode == "scratch" and target != "Catch-v1":
                 scratch[seed].append([late(curve, name) for name in COLUMNS])
+                reached.append(min(curve[curve[:, 1] >= 0.9, 0], default=np.inf))
         if scratch:
-            means = np.mean([np.mean(rows, axis=0) for rows in scratch.values()], axis=0)
-            ends.append([title, str(len(scratch)), *(f"{mean:.3g}" for mean in means)])
+            means = np.mean([np.mean(values, axis=0) for values in scratch.values()], axis=0)
+            steps = [
+                f"{step:,.0f}".replace("inf", "never") for step in (np.median(reached), min(reached), max(reached))
+            ]
+            steps = f"{steps[0]} [{steps[1]}, {steps[2]}]"
+            rows.append([title, str(len(scratch)), steps, *(f"{mean:.3g}" for mean in means)])
+    names = [name.replace("_", " ") for name in COLUMNS]
+    print_table(["terminals", "seeds", "0.9: median [range] of the runs", *names], rows)
+
+
+def analyse() -> None:
+    curves = read_curves()
+    print_ends(curves)
+    # {(arm, kind): {seed: {cell: (R, late difference, dead units and rank of the source, own ones minus scratch's)}}}
+    found, cells, points = defaultdict(lambda: defaultdict(dict)), [], []
+    for arm, (title, scratch_arm, source_arm) in ARMS.items():
         groups = defaultdict(dict)
         for (its_arm, mode, source, target, seed), curve in curves.items():
-            if its_arm == arm and mode != "scratch":
-                groups[mode, source, target][seed] = curve
-        for (mode, source, target), transfer in sorted(groups.items()):
+            scratch = curves.get((scratch_arm, "scratch", "", target, seed))
+            origin = curves.get((source_arm, "scratch", "", source, seed))
+            if its_arm == arm and mode != "scratch" and scratch is not None and origin is not None:
+                groups[mode, source, target][seed] = curve, scratch, origin
+        for cell, transfer in sorted(groups.items()):
             pairs = []
-            for seed, curve in transfer.items():
-                old = curves.get((scratch_arm, "scratch", "", target, seed))
-                origin = curves.get((source_arm, "scratch", "", source, seed))
-                if old is None or origin is None:
-                    continue
-                pairs.append((area(curve), area(old), late(curve) - late(old)))
-                kind = "between games" if source != target else f"to itself, {mode}"
-                kind += " (with Catch-v1)" * ("Catch-v1" in (source, target))  # that not all seeds have
-                pattern[arm, kind][seed].append((pairs[-1][0] / pairs[-1][1] - 1, pairs[-1][2]))
-                points.append((arm, late(origin, "dead_units"), late(origin, "feature_rank"), pairs[-1][2]))
-                more = [late(curve, name) - late(old, name) for name in COLUMNS[2:]]
-                gains[arm, kind].append([pattern[arm, kind][seed][-1][0], *points[-1][1:3], *more])
-            if pairs:
-                new, old, difference = np.array(pairs).T
-                ratio, low, high = relative_change(new, old)
-                text = f"{ratio:+.3f}{'*' * int(low > 0 or high < 0)}"
-                text += "" if np.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"
-                cells.append([title, source, target, mode, str(len(pairs)), text, interval(difference)])
-    print("From scratch, mean over the last third of training:\n")
-    print_table(["terminals", "seeds", *(name.replace("_", " ") for name in COLUMNS)], ends)
-    print("Means over the cells of a kind, then over the seeds:\n")
+            for seed, (curve, scratch, origin) in transfer.items():
+                pairs.append((area(curve), area(scratch), late(curve) - late(scratch)))
+                sources = [late(origin, name) for name in ("dead_units", "feature_rank")]
+                own = [late(curve, name) - late(scratch, name) for name in ("dead_units", "feature_rank")]
+                points.append((arm, *sources, pairs[-1][2]))
+                for kind in kinds(*cell):
+                    found[arm, kind][seed][cell] = pairs[-1][0] / pairs[-1][1] - 1, pairs[-1][2], *sources, *own
+            new, old, difference = np.array(pairs).T
+            mode, source, target = cell
+            cells.append([title, source, target, mode, str(len(pairs)), interval(new, old), interval(difference)])
+    # `(seeds, cells, values)`, NaN where a run is missing
+    tables = {}
+    for key, seeds in found.items():
+        names = sorted(set().union(*seeds.values()))
+        if key[1] != "between all three" or len(names) == 6:
+            missing = [np.nan] * 6
+            tables[key] = list(seeds), np.array([[seeds[s].get(name, missing) for name in names] for s in seeds])
+    means = {}  # {(arm, kind): {seed: (R, late difference)}}, of the seeds that have all cells
+    for key, (seeds, values) in tables.items():
+        whole = ~np.isnan(values).any(axis=(1, 2))
+        means[key] = {seed: values[i, :, :2].mean(axis=0) for i, seed in enumerate(seeds) if whole[i]}
+
+    print("Means over the cells of a kind, then over the seeds that have all of them:\n")
     rows = []
-    for (arm, kind), seeds in pattern.items():
-        ratios, differences = np.array([np.mean(values, axis=0) for values in seeds.values()]).T
-        negative = np.array([value for values in seeds.values() for value, _ in values])
-        share = f"{(negative < 0).sum()} of {len(negative)}, {(ratios < 0).sum()} of {len(ratios)}"
-        rows.append([ARMS[arm][0], kind, str(len(seeds)), share, interval(ratios), interval(differences)])
+    for (arm, kind), seeds in means.items():
+        if seeds:
+            ratios, differences = np.array(list(seeds.values())).T
+            runs = tables[arm, kind][1][..., 0]
+            share = f"{(runs < 0).sum()} of {(~np.isnan(runs)).sum()}, {(ratios < 0).sum()} of {len(ratios)}"
+            rows.append([ARMS[arm][0], kind, str(len(seeds)), share, interval(ratios), interval(differences)])
     print_table(["terminals", "transfer", "seeds", "R < 0: runs, seeds", "R", "late difference"], rows)
-    for reference in ("correct", "no_terminal"):
-        print(f"The same, minus that of the same seed with {ARMS[reference][0]}:\n")
+    for reference, arms in BESIDE.items():
         rows = []
-        for (arm, kind), seeds in pattern.items():
-            both = sorted(set(seeds) & set(pattern.get((reference, kind), ())))
-            if both and arm not in ("correct", reference):
-                mine, theirs = (np.array([np.mean(pattern[key, kind][seed], axis=0) for seed in both])
-                                for key in (arm, reference))  # fmt: skip
-                differences = (interval(column) for column in (mine - theirs).T)
-                rows.append([ARMS[arm][0], kind, str(len(both)), *differences])
-        print_table(["terminals", "transfer", "seeds", "R", "late difference"], rows)
-    print(
-        "Rank correlation of R with the source's dead units and feature rank, and with what the network has in the end"
-    )
-    print("more than that from scratch, within a kind of transfer (between kinds all of them differ):\n")
-    rows = [(arm, kind, np.array(rows).T) for (arm, kind), rows in gains.items() if len(rows) > 9]
-    rows = [
-        [ARMS[arm][0], kind, str(len(ratios)), *(f"{rank_correlation(ratios, other):+.2f}" for other in others)]
-        for arm, kind, (ratios, *others) in rows
-    ]
-    names = ["source's dead units", "source's feature rank", *(name.replace("_", " ") for name in COLUMNS[2:])]
+        for (arm, kind), seeds in means.items():
+            both = sorted(set(seeds) & set(means.get((reference, kind), ())))
+            if both and arm in arms:
+                change = np.array([seeds[seed] - means[reference, kind][seed] for seed in both]).T
+                rows.append([ARMS[arm][0], kind, str(len(both)), *map(interval, change)])
+        if rows:
+            print(f"The same, minus that of the same seed with {ARMS[reference][0]}:\n")
+            print_table(["terminals", "transfer", "seeds", "R", "late difference"], rows)
+
+    print("Rank correlations of R / of the late difference within cells, all kinds together or those between games,")
+    print("* where permutations of the seeds (5 %) exclude 0; own: at the end, minus scratch's:\n")
+    rows = []
+    for arm in ARMS:
+        for kind in ("between games", "to itself"):
+            parts = [(seeds, values) for (its_arm, its_kind), (seeds, values) in tables.items()
+                     if its_arm == arm and its_kind != "between all three"
+                     and its_kind.startswith("to itself") == (kind == "to itself")]  # fmt: skip
+            names = sorted(set().union(*(seeds for seeds, _ in parts)))
+            if len(names) < 5:
+                continue
+            joined = [np.full((len(names), values.shape[1], 6), np.nan) for _, values in parts]
+            for part, (seeds, values) in zip(joined, parts):
+                part[[names.index(seed) for seed in seeds]] = values
+            joined = np.concatenate(joined, axis=1)
+            runs = (~np.isnan(joined[..., 0])).sum()
+            pairs = [[correlation(joined[..., i], joined[..., k]) for k in (0, 1)] for i in range(2, 6)]
+            rows.append([ARMS[arm][0], kind, str(runs), *(" / ".join(pair) for pair in pairs)])
+    names = ["source's dead units", "source's feature rank", "own dead units", "own feature rank"]
     print_table(["terminals", "transfer", "runs", *names], rows)
+    texts = [text for row in rows for text in " / ".join(row[3:]).split(" / ")]
+    print(f"{sum('*' in text for text in texts)} of these {len(texts)} have a *; chance gives {len(texts) / 20:.0f}.\n")
     print("Each cell:\n")
     print_table(["terminals", "from", "to", "mode", "seeds", "R", "late difference"], cells)
 
