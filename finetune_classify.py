@@ -138,14 +138,14 @@ def find_images(folder: str) -> list[str]:
 
 def read_folders(folder: str) -> list[dict]:
     """A folder per class; images in train/ and val/ (valid/, validation/) or test/ have their split already."""
-    splits = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+    known = dict(train="train", training="train", val="val", valid="val", validation="val", test="test", testing="test")
     paths, rows = find_images(folder), []
-    top = {path.split(os.sep)[0] for path in paths}
-    fixed = "train" in top and len(top & set(splits)) > 1
+    top = {known.get(path.split(os.sep)[0].lower()) for path in paths} - {None}
+    fixed = "train" in top and len(top) > 1
     for path in paths:
         split, *names = path.split(os.sep) if fixed else ["", *path.split(os.sep)]
-        if len(names) > 1 and (split in splits or not fixed):
-            rows.append({"path": path, "split": splits.get(split, ""), "class": names[0]})
+        if len(names) > 1 and (split.lower() in known or not fixed):
+            rows.append({"path": path, "split": known.get(split.lower(), ""), "class": names[0]})
     return rows or fail(f"--data-dir {folder}: a folder per class is expected there, or --metadata with the labels")
 
 
@@ -194,7 +194,7 @@ def split_data(args: Args, rows: list[dict], trained: dict | None = None) -> tup
         if gone and (args.resume or not (args.evaluate or args.pretrained)):
             fail(f"--split-file {args.split_file}: {len(gone):,} of its images are not there, as {min(gone)}")
         if gone or new:
-            print(f"--split-file: {len(gone):,} of its images are not there; {len(new):,} are not in it, left out")
+            print(f"{args.split_file}: {len(gone):,} of its images are not there; {len(new):,} are not in it, left out")
         rows = [row | {"split": saved[row["path"]]} for row in rows if row["path"] in saved]
     elif not set(SPLITS) <= given:
         rng, groups, drawn = np.random.default_rng(args.seed), defaultdict(list), sorted({"test", "val"} - given)
@@ -314,10 +314,9 @@ def make_trunk(arch: str, weights: str, image_size: int | None, random=False) ->
         state = load_file(weights)
         state = state.get("model", state.get("state_dict", state))
     # published files have the names of DenseNet's first version, and older ones no counts of batches
-    state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name): v for name, v in state.items()}
+    state = OrderedDict((re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", k), v) for k, v in state.items())
     if arch.startswith("vit") and "encoder.pos_embedding" in state:
         state = models.vision_transformer.interpolate_embeddings(trunk.image_size, trunk.patch_size, state)
-    state = OrderedDict(state)
     state._metadata = {"": {"version": 2}}  # MNASNet asks for its version; modules without one rename older files' keys
     try:
         wrong = trunk.load_state_dict(state, strict=False).missing_keys
@@ -591,7 +590,7 @@ if __name__ == "__main__":
         rows, source = read_torchvision(args)
     else:
         rows = read_table(args) if args.metadata else read_folders(folder)
-    if checkpoint and not args.predict and not args.split_file and os.path.isfile(f"{beside}/split.csv"):
+    if checkpoint and not args.predict and not args.split_file and (not moved or os.path.isfile(f"{beside}/split.csv")):
         own_images = {row["path"] for row in read_csv(f"{beside}/split.csv", ["path"])}
         known = len(own_images & {row["path"] for row in rows})
         if args.resume or known > (0.9 * len(own_images) if moved else 0):  # the run's images, elsewhere or fewer

@@ -222,7 +222,7 @@ def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
                 wrong.append(f"{path}: there is no such image in {folder}, or it is annotated twice")
                 continue
             size = "({:g}, {:g})".format(*(float(image.get(side) or 0) for side in ("width", "height")))
-            images[path] = {"id": i, "file_name": path, "split": split, "size": size}
+            images[path] = {"id": i, "file_name": path, "split": split, "size": size, "negative": not image["boxes"]}
             for box in image["boxes"]:
                 if not box["category"] or not is_box(box.get("bbox")):
                     wrong.append(f"{path}: {box['category'] or 'unknown class'}, box {box.get('bbox')} (x, y, w, h)")
@@ -249,14 +249,14 @@ def load_data(args: Args, classes: list[str]) -> tuple[str, COCO]:
         train = {image["id"] for image in images.values() if image["split"] == "train"}
         counted = Counter(box["category"] for box in boxes if box["image_id"] in train)
         classes = sorted(sorted(counted, key=lambda name: (-counted[name], name))[: args.top_classes or None])
-    # images that have boxes of other classes only go, too
+    # images none of whose boxes is kept go, too; negatives never had one
     kept = [box for box in boxes if box["category"] in classes]
     if other := Counter(box["category"] for box in boxes if box["category"] not in classes):
         print("boxes of other classes, left out:", ", ".join(f"{n:,} {name}" for name, n in other.most_common(20)))
-    others = {box["image_id"] for box in boxes} - {box["image_id"] for box in kept}
+    positive = {box["image_id"] for box in kept}
     for i, box in enumerate(kept, 1):
         box |= {"id": i, "category_id": 1 + classes.index(box["category"])}
-    coco.dataset = {"info": {}, "images": [image for image in images.values() if image["id"] not in others]}
+    coco.dataset = {"info": {}, "images": [i for i in images.values() if i["negative"] or i["id"] in positive]}
     coco.dataset |= {"annotations": kept, "categories": [{"id": i, "name": n} for i, n in enumerate(classes, 1)]}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
@@ -302,7 +302,7 @@ class Pictures(Dataset):
                 if size not in ("(0, 0)", str(file.size), str(turned.size)):
                     raise ValueError(f"{file.size} pixels, annotated as {size}")
                 annotated = file if size == str(file.size) != str(turned.size) else turned
-                image = tv_tensors.Image(v2.functional.pil_to_tensor(annotated.convert("RGB")))
+                image = v2.functional.to_image(annotated.convert("RGB"))
             inside = clip_boxes_to_image(target["boxes"], image.shape[1:])
             if (box_area(inside) < 0.9 * box_area(target["boxes"])).any():  # a tenth is a matter of how one draws
                 raise ValueError(f"a box is outside of its {image.shape[2]} x {image.shape[1]} pixels")
@@ -319,7 +319,7 @@ class Pictures(Dataset):
             with torch.random.fork_rng(devices=[]):  # not torch.manual_seed, which seeds the GPU's generator as well
                 torch.default_generator.manual_seed(((self.seed * 1_000_003 + self.epoch) * 1_000_003 + i) % 2**63)
                 image, target = self.augment(image, target)
-        return torch.as_tensor(image), {key: torch.as_tensor(value) for key, value in target.items()}, i
+        return image, target, i
 
 
 def read_batches(args: Args, data: Pictures, ids: list[int], device: torch.device, epoch: int | None = None):
@@ -484,8 +484,7 @@ class YOLOv3(nn.Module):
         image = torch.cat([torch.full_like(label, i) for i, label in enumerate(labels)])
         truth, label = torch.cat(boxes), torch.cat(labels) - 1
         centre, sides = (truth[:, :2] + truth[:, 2:]) / 2, truth[:, 2:] - truth[:, :2]
-        shared = torch.minimum(sides[:, None], self.anchors).prod(dim=-1)  # of boxes with the same centre
-        anchor = (shared / (sides.prod(dim=-1)[:, None] + self.anchors.prod(dim=-1) - shared)).argmax(dim=1)
+        anchor = box_iou(F.pad(sides, (2, 0)), F.pad(self.anchors, (2, 0))).argmax(dim=1)  # all with a corner at 0, 0
         stride = self.strides[anchor]
         cell = (centre / stride[:, None]).long()
         first = torch.searchsorted(self.anchor_of, anchor)  # prediction of an anchor
@@ -575,10 +574,10 @@ def make_detector(args: Args, num_classes: int) -> nn.Module:
         # distances pass a ReLU: at 0 half begin without a gradient, and one step too large could silence all for good
         nn.init.ones_(model.head.regression_head.bbox_reg.bias)
     elif arch == "retinanet":
-        octaves = tuple(tuple(round(4 * 2 ** (level + i / 3)) for i in range(3)) for level in range(3, 8))
-        anchors = detection.anchor_utils.AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * 5)
         # with the normalisation of torchvision's second version, without which small data teach it nearly nothing
         head = detection.retinanet.RetinaNetHead(256, 9, num_classes, norm_layer=partial(nn.GroupNorm, 32))
+        octaves = tuple(tuple(round(4 * 2 ** (level + i / 3)) for i in range(3)) for level in range(3, 8))
+        anchors = detection.anchor_utils.AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * 5)
         model = detection.RetinaNet(pyramid, num_classes, anchor_generator=anchors, head=head, **scale)
     else:
         # 128 regions an image and 256 hidden units, where torchvision has 512 and 1,024: a third of the time on a CPU
@@ -636,7 +635,7 @@ def load_weights(args: Args, model: nn.Module) -> list[str]:
     state = {name.removeprefix("trunk."): value for name, value in state.items()}  # of finetune_classify.py
     if not any(name.startswith(("backbone.", "head.")) for name in state):
         state = {f"backbone.body.{name.removeprefix('features.')}": value for name, value in state.items()
-                 if not name.startswith(("fc.", "classifier.", "heads.", "AuxLogits."))}  # fmt: skip
+                 if not name.startswith(("fc.", "classifier.", "heads.", "aux"))}  # fmt: skip
     state = {name: value for name, value in state.items() if not HEAD.search(name)}
     try:
         missing, wrong = model.load_state_dict(state, strict=False)  # torchvision renames what older files have
@@ -656,7 +655,7 @@ def freeze(model: nn.Module, loaded: list[str], args: Args) -> list[nn.Module]:
         later = [i for i, name in enumerate(names) if f".{args.unfreeze_from}." in f".{name}"]
         if not later:
             fail(f"--unfreeze-from {args.unfreeze_from}: no module has that name; there are {', '.join(names[::9])}")
-        frozen |= set(names[: later[0]])
+        frozen |= set(names[: later[0]]) & set(loaded)  # what is new is always trained
     for name, module in model.named_modules():
         weight = f"{name}.weight"
         if isinstance(module, nn.BatchNorm2d):
@@ -730,8 +729,7 @@ def measure(coco: COCO, results: list[dict], ids: list[int]) -> dict[str, float]
     by_class |= {f"AP@{iou}": [paper_ap(coco, index, ids, i, iou) for i in coco.cats] for iou in (0.1, 0.5)}
     for metric, values in by_class.items():
         values = [float(value) if value > -1 else math.nan for value in values]
-        known = [value for value in values if not math.isnan(value)]
-        metrics[metric] = sum(known) / len(known) if known else math.nan
+        metrics[metric] = torch.tensor(values, dtype=torch.float64).nanmean().item()
         metrics |= {f"{metric}/{c['name']}": value for c, value in zip(coco.cats.values(), values)}
     return metrics
 

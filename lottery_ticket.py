@@ -51,7 +51,7 @@ class Args:
     amp: bool = True  # on CUDA, compute in bfloat16 where that is safe (autocast)
     workers: int = 0  # threads that decode the images of a folder, once (0: Python's choice)
     logdir: str = "runs"  # folder in which the run's own folder is made, or found again
-    resume: str | None = None  # run (folder or checkpoint) to continue with its flags; epochs, rounds may be others
+    resume: str | None = None  # run (folder or checkpoint) to continue with its flags; --rounds may be another
     track: bool = False  # mirror the run to Weights and Biases (`pip install wandb`; set WANDB_PROJECT, WANDB_ENTITY)
 
     # Data
@@ -375,14 +375,14 @@ def train_round(
     total = args.epochs * per_epoch
     # the masks in the memory order of the weights, or multiplying would be slow
     sparse = list(weights.values()), [torch.empty_like(w).copy_(masks[name]) for name, w in weights.items()]
-    best, start, entries = {"val_loss": np.inf, "epoch": step // per_epoch}, None, []
+    best, start, entries = {"val_loss": np.inf, "epoch": keep_from // per_epoch}, None, []
     if state["round"] and state["round"]["round"] == r:
         best, start, entries = (state["round"][name] for name in ("best", "start", "entries"))
         network.load_state_dict(state["round"]["network"])
         optimizer.load_state_dict(state["round"]["optimizer"])
         step = entries[-1]["epoch"] * per_epoch
     first_step, printed_at, begun = step, -np.inf, time.perf_counter()
-    while step < total and not (0 < args.patience <= step // per_epoch - best["epoch"] and step > keep_from):
+    while step < total and not 0 < args.patience <= step // per_epoch - best["epoch"]:
         epoch, first_batch = divmod(step, per_epoch)
         rate = args.learning_rate * 0.1 ** sum(epoch >= milestone for milestone in args.milestones)
         for group in optimizer.param_groups:
@@ -408,7 +408,7 @@ def train_round(
         if not np.isfinite(entry["train_loss"] + entry["val_loss"]):
             fail(f"the loss is not finite in round {r}, epoch {epoch + 1}: try a lower --learning-rate")
         entries.append(entry)
-        if entry["val_loss"] < best["val_loss"] or not args.patience:
+        if step > keep_from and (entry["val_loss"] < best["val_loss"] or not args.patience):
             best = entry | {"network": copy.deepcopy(network.state_dict())}
         state["round"] = {"round": r, "best": best, "start": start, "entries": entries, "network": network.state_dict(),
                           "optimizer": optimizer.state_dict()}  # fmt: skip
@@ -599,7 +599,7 @@ if __name__ == "__main__":
         fail("--control random-mask: of tickets of lr-rewinding it would change the weights as well")
     args.image_size = args.image_size or source.get("image_size")
     args.epochs = args.epochs or (6 if args.arch in ("conv", "mlp") else 90)
-    args.milestones = args.milestones or [round(args.epochs * share / 90) for share in (50, 60, 75)]
+    args.milestones = args.milestones or sorted({round(args.epochs * share / 90) for share in (50, 60, 75)})
     built_for = source.get("built_for")  # the size of images, on which the first layers depend
     if args.control == "dense":
         tickets, source = {0: None}, {}
@@ -662,10 +662,10 @@ if __name__ == "__main__":
     settings["images"] = [len(images[split].labels) for split in SPLITS]
     if source:
         settings["source_run"] = Path(next(iter(tickets.values()))).absolute().parent.name
+        settings |= {f"source_{k}": source.get(k) for k in "learning_rate batch_size milestones augment".split()}
     if os.path.isfile(checkpoint):
         state = load_file(checkpoint, tuple(state))
-        free = f"{NO_EFFECT} epochs patience milestones" if args.resume else NO_EFFECT
-        if differing := difference(json.loads(json.dumps(settings)), read_settings(run_dir), free):
+        if differing := difference(json.loads(json.dumps(settings)), read_settings(run_dir), NO_EFFECT):
             fail(f"{run_dir} was made with other flags: {differing}; another --exp-name makes another run")
     text = json.dumps(settings, indent=1)
     save_atomically(f"{run_dir}/hyperparameters.json", lambda path: Path(path).write_text(text))

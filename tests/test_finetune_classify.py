@@ -84,6 +84,7 @@ TRAIN = {"train/disc": 30, "train/square": 30}
 @pytest.mark.parametrize("folders, sizes", [
     (TRAIN | {"valid/disc": 5, "valid/square": 5, "test/disc": 5, "test/square": 5}, [60, 10, 10]),
     (TRAIN | {"test/disc": 5, "test/square": 5}, [54, 6, 10]),  # a tenth of each class in train/ for validation
+    ({"Training/disc": 30, "Training/square": 30, "Testing/disc": 5, "Testing/square": 5}, [54, 6, 10]),
     (TRAIN | {"validation/disc": 5, "validation/square": 5, "test": 9}, [54, 10, 6]),  # images without a class
 ])  # fmt: skip
 def test_folders_of_splits(folders, sizes, tmp_path):
@@ -94,7 +95,7 @@ def test_folders_of_splits(folders, sizes, tmp_path):
     rows, classes = fc.split_data(fc.Args(), fc.read_folders(str(tmp_path)))
     assert classes == {"class": ["disc", "square"]}
     assert [[row["split"] for row in rows].count(split) for split in fc.SPLITS] == sizes
-    assert all(row["path"].startswith(("train", row["split"])) for row in rows)
+    assert all(row["path"].lower().startswith(("train", row["split"])) for row in rows)
 
 
 RIJKS = """,ImageId,dc_creator,dc_materiaal,dc_type
@@ -435,12 +436,15 @@ def test_a_run_leaves_what_it_should(trained, strategy, weights):
 
 def test_early_stopping_and_the_best_weights(folder, weights, tmp_path):
     flags = f"--data-dir {folder} --weights {weights} --strategy off-the-shelf --learning-rate 3 --patience 2"
-    run(SCRIPT, *SMALL, *flags.split(), cwd=tmp_path)
+    tested = run(SCRIPT, *SMALL, *flags.split(), cwd=tmp_path).variables["model"].heads[0].weight
     path = only_run(tmp_path / "runs")
     losses = [value for _, value in scalars(path)["val/loss"]]
     assert len(losses) == int(np.argmin(losses)) + 3 < 100
     checkpoint = torch.load(path / "finetune_classify.pt")
     assert checkpoint["best"] == pytest.approx(min(losses), rel=1e-6)
+    assert [tested.equal(checkpoint[name]["heads.0.weight"]) for name in ("model", "last")] == [True, False]
+    torch.save(checkpoint, tmp_path / "copied.pt")  # without its split.csv all images would be tested
+    assert "split.csv cannot be read" in refused(SCRIPT, "--evaluate", tmp_path / "copied.pt", cwd=tmp_path)
     # ended: not tested again, and a checkpoint's flags name no folder to write to
     assert "has ended" in refused(SCRIPT, "--resume", path, cwd=tmp_path)
     checkpoint["args"] |= {"exp_name": "../../escaped", "logdir": str(tmp_path / "elsewhere")}
@@ -455,7 +459,7 @@ def test_early_stopping_and_the_best_weights(folder, weights, tmp_path):
     assert [group["weight_decay"] for group in after["optimizer"]["param_groups"]] == [0.5, 0.0]
     assert after["epoch"] == len(losses) + 1 == len(scalars(path)["val/loss"])
     assert torch.equal(after["last"]["heads.0.weight"], checkpoint["last"]["heads.0.weight"])
-    assert {entry.name for entry in tmp_path.iterdir()} == {"runs"} and len(list((tmp_path / "runs").iterdir())) == 1
+    assert {entry.name for entry in tmp_path.iterdir()} == {"runs", "copied.pt"} and len([*(tmp_path / "runs").iterdir()]) == 1
 
 
 def test_neither_workers_nor_a_signal_nor_broken_images_change_the_result(folder, tmp_path):

@@ -126,16 +126,17 @@ def test_all_formats_say_the_same(tmp_path):
 
 def test_records_with_an_error_are_left_out_and_named(tmp_path, capsys):
     """A missing picture, one that stands in two splits, thin boxes and unknown classes; negatives are no error."""
-    for name in ("a.png", "negative.png"):
+    for name in ("a.png", "negative.png", "thin.png"):
         Image.new("RGB", (60, 40)).save(tmp_path / name)
     boxes, names = [[1, 1, 20, 20], [5, 5, 5.5, 20], [1, 1, 9, 9]], ["disc", "disc", "moon"]
     pictures = [("a.png", boxes, names), ("b.png", [], []), ("negative.png", [], []), (None, [], [])]
+    pictures.append(("thin.png", boxes[1:2], names[1:2]))  # its object is not background
     train = write_coco(tmp_path / "a.json", pictures)
     val = write_coco(tmp_path / "b.json", [("a.png", boxes[:1], names[:1])])
     found, _ = load(tmp_path, annotations=train, val_annotations=val)
     assert found == {"a.png": ("train", boxes[:1], names[:1], [0]), "negative.png": ("train", [], [], [])}
     out, gone = capsys.readouterr().out, f"there is no such image in {tmp_path}, or it is annotated twice"
-    lines = ["a.png: disc, box [5, 5, 0.5, 15]", "a.png: unknown class", "5 records", f"None: {gone}"]
+    lines = ["a.png: disc, box [5, 5, 0.5, 15]", "a.png: unknown class", "6 records", f"None: {gone}"]
     for line in (*lines, f"a.png: {gone}", f"b.png: {gone}"):
         assert line in out
     unusable = [[math.nan, 1, 9, 9], ["1", 1, 9, 9], [1, 9, 9], [1, 1, 1, 9], None]
@@ -144,7 +145,7 @@ def test_records_with_an_error_are_left_out_and_named(tmp_path, capsys):
     found, _ = load(tmp_path, ["sun"], annotations=train, split_file=str(tmp_path / "split.csv"))
     assert list(found) == ["negative.png"]  # an image with boxes of other classes only goes, and both are said
     out = capsys.readouterr().out
-    assert "boxes of other classes, left out: 1 disc\n" in out and "1 images are not in --split-file" in out
+    assert "boxes of other classes, left out: 1 disc\n" in out and "2 images are not in --split-file" in out
 
 
 def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path, monkeypatch, capsys):
@@ -371,6 +372,7 @@ def test_families_train_in_bfloat16_in_the_backbone_only_and_detect(arch):
     convolution = next(module for module in model.backbone.modules() if isinstance(module, torch.nn.Conv2d))
     convolution.register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
     assert fd.freeze(model, [], args) == []
+    assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} <= {0.1}  # all are new
     for amp in (False, True):  # as on CUDA, but here on the CPU
         if amp:
             fd.autocast_backbone(model.train(), "cpu")
@@ -500,9 +502,11 @@ def test_frozen_stays_frozen_and_momentum_from_scratch():
     model, args = detector("fasterrcnn", strategy="off-the-shelf")  # as of COCO's weights: all but the last layer
     still = fd.freeze(model, [name for name in model.state_dict() if not fd.HEAD.search(name)], args)
     assert model.rpn.head in still and model.rpn not in still  # it proposes less in evaluation mode
-    model, args = detector("fcos", strategy="scratch")
-    assert fd.freeze(model, [], args) == []
-    assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
+    model, _ = detector("fcos")
+    body = {name for name in model.state_dict() if ".body." in name}
+    fd.freeze(model, list(body), fd.Args(unfreeze_from="regression_head"))  # all that is new learns, before it too
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad}.isdisjoint(body)
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if name not in body)
 
 
 def test_external_proposals_are_scaled_with_the_image():

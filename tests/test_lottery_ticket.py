@@ -438,10 +438,10 @@ def test_early_stopping_waits_for_the_rewind_point(folder, tmp_path):
     train(folder, *SMALL, *flags, cwd=tmp_path)
     rows, logged = rows_of(only_run(tmp_path / "runs")), scalars(only_run(tmp_path / "runs"))
     for r, row in enumerate(rows):
-        losses = [value for _, value in logged[f"round_0{r}/val_loss"]]
-        last = 5 * r + len(losses)
-        assert int(row["epochs"]) == last < 30 and last > 5
-        assert int(row["best_epoch"]) == 5 * r + np.argmin(losses) + 1 < last
+        losses = [value for epoch, value in logged[f"round_0{r}/val_loss"] if epoch > 5]
+        last = 5 + len(losses)
+        assert int(row["epochs"]) == last < 30
+        assert int(row["best_epoch"]) == 5 + np.argmin(losses) + 1 < last
         assert float(row["val_loss"]) == pytest.approx(min(losses))
 
 
@@ -538,6 +538,7 @@ def test_on_resume_the_command_line_wins_but_other_flags_are_no_way_to_go_on(sou
     for again in (flags, ["--resume", run_dir]):
         error = refused(SCRIPT, *again, "--learning-rate", 3, cwd=tmp_path)
         assert "made with other flags: learning_rate; another --exp-name" in error
+    assert "other flags: epochs" in refused(SCRIPT, "--resume", run_dir, "--epochs", 99, "--patience", 0, cwd=tmp_path)
     assert rows_of(only_run(tmp_path / "runs")) == rows
 
 
@@ -607,6 +608,7 @@ def test_tickets_of_another_network_or_run_are_refused_and_variants_are_other_ar
         (target, {}, "--arch resnet18", "--arch resnet18: "),
         (target, {}, "--prune-fraction 0.5", f"--prune-fraction 0.5: {other} has 0.2"),
         (target, {}, "", "made with other flags: source_run"),
+        (target, {"learning_rate": 9}, "", "made with other flags: source_learning_rate, source_run"),
         (folder, {}, "--seed 2", "another/split.csv, of --seed 1: the tickets saw test images"),  # there is none
         (target, {}, "--rounds 1 --logdir no", "--rounds 1: the tickets are of rounds 2"),
         (target, {"arch": "mlp"}, "--image-size 8", "--image-size 8: the tickets of this mlp are for 16 pixels"),
