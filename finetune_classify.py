@@ -137,7 +137,7 @@ def find_images(folder: str) -> list[str]:
 
 
 def read_folders(folder: str) -> list[dict]:
-    """A folder per class; images in train/ and val/ (valid/, validation/) or test/ have their split already."""
+    """A folder per class; images in train/ (training/), val/ (valid/, validation/), test/ (testing/) have their split."""
     known = dict(train="train", training="train", val="val", valid="val", validation="val", test="test", testing="test")
     paths, rows = find_images(folder), []
     top = {known.get(path.split(os.sep)[0].lower()) for path in paths} - {None}
@@ -590,7 +590,7 @@ if __name__ == "__main__":
         rows, source = read_torchvision(args)
     else:
         rows = read_table(args) if args.metadata else read_folders(folder)
-    if checkpoint and not args.predict and not args.split_file and (not moved or os.path.isfile(f"{beside}/split.csv")):
+    if checkpoint and not args.predict and not args.split_file and os.path.isfile(f"{beside}/split.csv"):
         own_images = {row["path"] for row in read_csv(f"{beside}/split.csv", ["path"])}
         known = len(own_images & {row["path"] for row in rows})
         if args.resume or known > (0.9 * len(own_images) if moved else 0):  # the run's images, elsewhere or fewer
@@ -598,6 +598,8 @@ if __name__ == "__main__":
         elif known:
             print(f"{known:,} of the run's {len(own_images):,} images are there: its training images may be tested")
     if args.evaluate and not args.split_file and "test" not in {row["split"] for row in rows}:
+        if not moved:
+            fail(f"{beside}/split.csv is not there: the run's training images would be tested")
         rows = [row | {"split": "test"} for row in rows]
     if not args.predict:
         rows, classes = split_data(args, rows, classes)

@@ -79,7 +79,7 @@ class Args:
     arch: str = "fasterrcnn_resnet50_fpn_v2"  # of torchvision, or yolov3, fasterrcnn, fastrcnn, retinanet, fcos
     backbone: str | None = None  # classifier of torchvision (None: resnet50; under yolov3 its own, darknet53)
     strategy: Literal["fine-tune", "off-the-shelf", "scratch"] = "fine-tune"  # train all; only new layers; from random
-    unfreeze_from: str | None = None  # fine-tune from this module on, such as `layer3`; all before it stays frozen
+    unfreeze_from: str | None = None  # fine-tune from this module on, such as `layer3`; of all before only what is new
     weights: str | None = None  # torchvision's name, a file (Darknet's too), `none` (None: COCO's or ImageNet's)
     pretrained: str | None = None  # run of this script, or of finetune_classify.py for the backbone, to start from
     image_size: int | None = None  # shorter side in pixels, or side of a square input (None: the detector's own)

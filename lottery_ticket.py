@@ -91,7 +91,8 @@ class Args:
 
 
 SPLITS = ("train", "val", "test")
-FOLDERS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}  # that stand for a split
+# folders that stand for a split
+FOLDERS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
 TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion-mnist": datasets.FashionMNIST,
                "mnist": datasets.MNIST}  # fmt: skip
 TICKET = ("mask", "weights", "trained", "meta")
@@ -157,13 +158,14 @@ def open_image(path: str, side: int) -> torch.Tensor:
 
 def read_folder(folder: str, side: int, workers: int) -> tuple[list[tuple[str, str, int]], torch.Tensor]:
     """(path, class, number of the split) and pixels of every image; of a folder per class, or of splits with those."""
-    names = [name for name in FOLDERS if os.path.isdir(os.path.join(folder, name))]
-    names = names if "train" in names[:-1] else [""]
+    names = [path.name for path in sorted(Path(folder).glob("*")) if path.name.lower() in FOLDERS and path.is_dir()]
+    names = names if {0} < {FOLDERS[name.lower()] for name in names} else [""]
     try:
         roots = {name: datasets.ImageFolder(os.path.join(folder, name), allow_empty=True) for name in names}
     except OSError as error:
         fail(f"--dataset folder:{folder}: {error}")
-    found = [(path, root.classes[i], FOLDERS.get(name, 0)) for name, root in roots.items() for path, i in root.samples
+    found = [(path, root.classes[i], FOLDERS.get(name.lower(), 0)) for name, root in roots.items()
+             for path, i in root.samples
              if f"{os.sep}." not in os.sep + os.path.relpath(path, root.root)]  # fmt: skip
     found.sort(key=lambda image: (-len(image[0]), image[0]))  # of an image and links to it the shortest path counts
     found = sorted({os.path.realpath(image[0]): image for image in found}.values())
@@ -631,7 +633,7 @@ if __name__ == "__main__":
 
     # TRY NOT TO MODIFY: the run's folder, which one process at a time may write, and its settings
     target = os.path.basename(os.path.abspath(args.dataset.removeprefix("folder:")))
-    drawn = split_rows and not split_rows[-1]["path"].startswith(f"test{os.sep}")  # the last row is a test image
+    drawn = split_rows and FOLDERS.get(split_rows[-1]["path"].split(os.sep)[0].lower()) != 2  # the last is of the test
     if drawn and source.get("dataset") == target:
         test_images = {row["path"] for row in split_rows if row["split"] == "test"}
         theirs = Path(tickets[source["round"]]).with_name("split.csv")

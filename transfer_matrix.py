@@ -172,6 +172,8 @@ def read_run(folder: str, tags: list[str]) -> Run:
             start = end + 16
     if not {"algorithm", "env_id", "seed", "exp_name"} <= set(flags):
         raise ValueError("it has logged no hyper-parameters with algorithm, env_id, seed and exp_name")
+    if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", "".join([str(folder), *flags.values()])):
+        raise ValueError("control characters in the folder's name or in its hyper-parameters")
     if begin:
         raise ValueError(f"it begins at step {begin:,}: the rest of a run that was resumed elsewhere")
     given = {name for name, value in flags.items() if value not in ("None", "False", "0.0")}
@@ -389,6 +391,8 @@ def plan(args: Args) -> None:
     usual |= {"keep_head": "False", "head_fraction": "0.0"}
     script = Path(args.script).name
     usual |= {"script": script} | ({"algorithm": ALGORITHMS[script]} if script in ALGORITHMS else {})
+    for run in runs:  # older ones did not log their script: a changed copy's are known by their name
+        run.flags.setdefault("script", script if script in ALGORITHMS else f"{run.flags['exp_name']}.py")
     heads = r", head kept|, \S+ of the head"  # of a mode, what flags say
 
     def find(flags: str, *identity: str | int) -> list[Run]:

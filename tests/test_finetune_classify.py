@@ -444,7 +444,7 @@ def test_early_stopping_and_the_best_weights(folder, weights, tmp_path):
     assert checkpoint["best"] == pytest.approx(min(losses), rel=1e-6)
     assert [tested.equal(checkpoint[name]["heads.0.weight"]) for name in ("model", "last")] == [True, False]
     torch.save(checkpoint, tmp_path / "copied.pt")  # without its split.csv all images would be tested
-    assert "split.csv cannot be read" in refused(SCRIPT, "--evaluate", tmp_path / "copied.pt", cwd=tmp_path)
+    assert "split.csv is not there" in refused(SCRIPT, "--evaluate", tmp_path / "copied.pt", cwd=tmp_path)
     # ended: not tested again, and a checkpoint's flags name no folder to write to
     assert "has ended" in refused(SCRIPT, "--resume", path, cwd=tmp_path)
     checkpoint["args"] |= {"exp_name": "../../escaped", "logdir": str(tmp_path / "elsewhere")}

@@ -239,6 +239,7 @@ def test_folders_that_are_split_already_and_odd_images(folder, tmp_path, capsys)
     assert (found[1] - expected.flip(2)).abs().max() <= 3, "turned upright"
     shutil.rmtree(tmp_path / "test")
     os.rename(tmp_path / "val", tmp_path / "valid")
+    os.rename(tmp_path / "train", tmp_path / "Training")
     classes, parts, _ = data_of(tmp_path)  # a tenth of what is to train is for the test
     assert classes == ["aa", "level", "upright"] and [len(parts[split][1]) for split in lt.SPLITS] == [90, 50, 10]
 

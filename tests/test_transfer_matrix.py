@@ -237,7 +237,7 @@ def test_broken_runs_are_named_and_the_others_have_their_table(tmp_path):
     garbled[begin - 4 : begin] = b"\xff" * 4
     names = {"empty": b"", "text": b"no event file at all, but long enough", "cut": file.read_bytes()[:-100],
              "huge": struct.pack("<Q", 1 << 60) + b"x" * 17, "garbled": bytes(garbled),
-             "a space\u3000of Japanese": file.read_bytes()}  # fmt: skip
+             "a space\u3000of Japanese": file.read_bytes(), "new\nline": file.read_bytes()}  # fmt: skip
     for name, content in names.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / file.name).write_bytes(content)
@@ -245,7 +245,8 @@ def test_broken_runs_are_named_and_the_others_have_their_table(tmp_path):
     row = next(row for row in csv.DictReader(done.stdout.splitlines()) if row["game"] == "Catch-v0")
     assert row["DDQN, n"] == "2" and row["DDQN, ours"] == "1.00 [1.00, 1.00]"
     lines = dict(line.removeprefix(f"skipped '{tmp_path}/").split("': ", 1) for line in done.stderr.splitlines())
-    assert lines[older.name] == lines[whole.name] == "one with the same flags is newer" and len(lines) == 13
+    assert lines[older.name] == lines[whole.name] == "one with the same flags is newer"
+    assert len(lines) == 14 and lines["new\\nline"].startswith("control characters in the folder's name")
     for name in ("empty", "text", "huge"):
         assert lines[name] == "it has logged no hyper-parameters with algorithm, env_id, seed and exp_name"
     assert lines["garbled"] and "'x'" in lines[seed.name] and "'y'" in lines[total.name]
@@ -329,6 +330,7 @@ def test_a_plan_tells_other_flags_apart(tmp_path):
     assert "has one point, or is not finite; move it away" in planned(
         tmp_path, "source", "--args=--learning-rate 1", games=[GAME]
     )
+    assert len(planned(tmp_path, "source", script="my_ddqn.py", games=[GAME])) == 1  # those logged no script
     write(tmp_path / "runs", GAME, [0, 100], [1, 1], script="my_ddqn.py", exp_name="mine", seed=3)
     for script, flags, number in [("my_ddqn.py", "", 0), ("my_ddqn.py", "--no_double", 1), ("ddqn_atari.py", "", 1)]:
         lines = planned(tmp_path, "source", f"--args={flags}", script=script, seeds=[3], games=[GAME])

@@ -22,6 +22,6 @@ for seed in 1 2 3; do
   lottery --dataset folder:openclipart $train $own --control reinit
   for fraction in 0.75 0.5 0.25; do lottery --dataset folder:openclipart $train $new --train-fraction $fraction; done
 done
-python lottery_ticket.py --report runs --out runs > results/lottery/report.md
+python lottery_ticket.py --report runs --out pictures > results/lottery/report.md
 python results/lottery_study.py results/lottery/study runs >> results/lottery/report.md
 # 51 runs: about an hour of two cores of a Xeon with AMX (118 minutes of one 2.5 GHz core before)

@@ -179,8 +179,8 @@ def analyse() -> None:
     for (arm, kind), seeds in means.items():
         if seeds:
             ratios, differences = np.array(list(seeds.values())).T
-            runs = tables[arm, kind][1][..., 0]
-            share = f"{(runs < 0).sum()} of {(~np.isnan(runs)).sum()}, {(ratios < 0).sum()} of {len(ratios)}"
+            runs = np.array([row[:, 0] for seed, row in zip(*tables[arm, kind]) if seed in seeds])
+            share = f"{(runs < 0).sum()} of {runs.size}, {(ratios < 0).sum()} of {len(ratios)}"
             rows.append([ARMS[arm][0], kind, str(len(seeds)), share, interval(ratios), interval(differences)])
     print_table(["terminals", "transfer", "seeds", "R < 0: runs, seeds", "R", "late difference"], rows)
     for reference, arms in BESIDE.items():
@@ -194,8 +194,12 @@ def analyse() -> None:
             print(f"The same, minus that of the same seed with {ARMS[reference][0]}:\n")
             print_table(["terminals", "transfer", "seeds", "R", "late difference"], rows)
 
-    print("Rank correlations of R / of the late difference within cells, all kinds together or those between games,")
-    print("* where permutations of the seeds (5 %) exclude 0; own: at the end, minus scratch's:\n")
+    print(
+        "Rank correlations of R / of the late difference within cells, * where permutations of the seeds (5 %) exclude"
+    )
+    print(
+        "0. Own: at the end, minus scratch's. These, and the source's to itself, share the run from scratch with R, so that chance alone gives them more than 5 % of *:\n"
+    )
     rows = []
     for arm in ARMS:
         for kind in ("between games", "to itself"):
@@ -214,8 +218,9 @@ def analyse() -> None:
             rows.append([ARMS[arm][0], kind, str(runs), *(" / ".join(pair) for pair in pairs)])
     names = ["source's dead units", "source's feature rank", "own dead units", "own feature rank"]
     print_table(["terminals", "transfer", "runs", *names], rows)
-    texts = [text for row in rows for text in " / ".join(row[3:]).split(" / ")]
-    print(f"{sum('*' in text for text in texts)} of these {len(texts)} have a *; chance gives {len(texts) / 20:.0f}.\n")
+    texts = [text for row in rows if row[1] == "between games" for text in " / ".join(row[3:5]).split(" / ")]
+    stars = sum("*" in text for text in texts)
+    print(f"Of the {len(texts)} with sources between games {stars} have a *; chance gives {len(texts) / 20:.1f}.\n")
     print("Each cell:\n")
     print_table(["terminals", "from", "to", "mode", "seeds", "R", "late difference"], cells)
 
