@@ -194,12 +194,9 @@ def analyse() -> None:
             print(f"The same, minus that of the same seed with {ARMS[reference][0]}:\n")
             print_table(["terminals", "transfer", "seeds", "R", "late difference"], rows)
 
-    print(
-        "Rank correlations of R / of the late difference within cells, * where permutations of the seeds (5 %) exclude"
-    )
-    print(
-        "0. Own: at the end, minus scratch's. These, and the source's to itself, share the run from scratch with R, so that chance alone gives them more than 5 % of *:\n"
-    )
+    print("Rank correlations of R / of the late difference within cells, * where permutations of the seeds exclude 0")
+    print("(5 %). Own: at the end, minus scratch's. These, and the source's to itself, share the run from scratch with")
+    print("R, so that chance alone gives them more *:\n")
     rows = []
     for arm in ARMS:
         for kind in ("between games", "to itself"):
