@@ -636,11 +636,11 @@ if __name__ == "__main__":
                 print(f"step {global_step:,}/{args.total_timesteps:,}  SPS {sps:,.0f}  ETA {left}  return {score}  "
                       f"epsilon {epsilon:.3f}{f'  refilling: {refill:,}' if refill else ''}", flush=True)  # fmt: skip
                 line_time = now
-            if reached(1_000) or reached(args.checkpoint_frequency) or finished:  # no checkpoint of what is not finite
+            if (reached(1_000) or reached(args.checkpoint_frequency) or finished) and not sums.isfinite().all():
+                fail(f"a loss or value is not finite at step {global_step}: try a smaller --learning-rate")
+            if reached(1_000) or finished:
                 *losses, n_updates, max_q, n_states = sums.tolist()  # the only place where logging waits
                 sums.zero_()
-                if not np.isfinite([*losses, max_q]).all():
-                    fail(f"a loss or value is not finite at step {global_step}: try a smaller --learning-rate")
                 means = {f"losses/{name}": value / n_updates for name, value in zip(LOSSES, losses) if n_updates}
                 means |= {"charts/max_q": max_q / n_states} if n_states else {}
                 means |= {"charts/SPS": sps, "charts/epsilon": epsilon}

@@ -137,7 +137,7 @@ def find_images(folder: str) -> list[str]:
 
 
 def read_folders(folder: str) -> list[dict]:
-    """A folder per class; images in train/ (training/), val/ (valid/, validation/), test/ (testing/) have their split."""
+    """A folder per class; images in train(ing)/, val(id, idation)/ and test(ing)/ have their split already."""
     known = dict(train="train", training="train", val="val", valid="val", validation="val", test="test", testing="test")
     paths, rows = find_images(folder), []
     top = {known.get(path.split(os.sep)[0].lower()) for path in paths} - {None}
