@@ -88,7 +88,8 @@ def kinds(mode: str, source: str, target: str) -> list[str]:
     with_v1 = "Catch-v1" in (source, target)
     if source == target:
         return [f"to itself, {mode}" + with_v1 * ", Catch-v1"]
-    return ["from or to Catch-v1" if with_v1 else "between v0 and v3", "between all three"]
+    pair = "between {} and {}".format(*sorted(game.removeprefix("Catch-") for game in (source, target)))
+    return [pair, "between all three"] + ["from or to Catch-v1"] * with_v1
 
 
 def centred_ranks(values: np.ndarray) -> np.ndarray:
@@ -201,7 +202,7 @@ def analyse() -> None:
     for arm in ARMS:
         for kind in ("between games", "to itself"):
             parts = [(seeds, values) for (its_arm, its_kind), (seeds, values) in tables.items()
-                     if its_arm == arm and its_kind != "between all three"
+                     if its_arm == arm and its_kind not in ("between all three", "from or to Catch-v1")
                      and its_kind.startswith("to itself") == (kind == "to itself")]  # fmt: skip
             names = sorted(set().union(*(seeds for seeds, _ in parts)))
             if len(names) < 5:
