@@ -170,26 +170,30 @@ def analyse() -> None:
         if key[1] != "between all three" or len(names) == 6:
             missing = [np.nan] * 6
             tables[key] = list(seeds), np.array([[seeds[s].get(name, missing) for name in names] for s in seeds])
-    means = {}  # {(arm, kind): {seed: (R, late difference)}}, of the seeds that have all cells
+    means = {}  # {(arm, kind): {seed: (R, late difference, own dead units and rank minus scratch's)}}, of whole seeds
     for key, (seeds, values) in tables.items():
         whole = ~np.isnan(values).any(axis=(1, 2))
-        means[key] = {seed: values[i, :, :2].mean(axis=0) for i, seed in enumerate(seeds) if whole[i]}
+        means[key] = {seed: values[i][:, [0, 1, 4, 5]].mean(axis=0) for i, seed in enumerate(seeds) if whole[i]}
 
     print("Means over the cells of a kind, then over the seeds that have all of them:\n")
     rows = []
     for (arm, kind), seeds in means.items():
         if seeds:
-            ratios, differences = np.array(list(seeds.values())).T
+            ratios, *differences = np.array(list(seeds.values())).T
             runs = np.array([row[:, 0] for seed, row in zip(*tables[arm, kind]) if seed in seeds])
             share = f"{(runs < 0).sum()} of {runs.size}, {(ratios < 0).sum()} of {len(ratios)}"
-            rows.append([ARMS[arm][0], kind, str(len(seeds)), share, interval(ratios), interval(differences)])
-    print_table(["terminals", "transfer", "seeds", "R < 0: runs, seeds", "R", "late difference"], rows)
+            rows.append([ARMS[arm][0], kind, str(len(seeds)), share, *map(interval, (ratios, *differences))])
+    names = ["R", "late difference", "dead units", "feature rank"]
+    print_table(["terminals", "transfer", "seeds", "R < 0: runs, seeds", *names], rows)
+    for arm in ARMS:
+        between, own = (means.get((arm, kind), {}) for kind in ("between v0 and v3", "to itself, fine-tuning"))
+        means[arm, "between v0 and v3, less to itself"] = {s: between[s] - own[s] for s in between if s in own}
     for reference, arms in BESIDE.items():
         rows = []
         for (arm, kind), seeds in means.items():
             both = sorted(set(seeds) & set(means.get((reference, kind), ())))
             if both and arm in arms:
-                change = np.array([seeds[seed] - means[reference, kind][seed] for seed in both]).T
+                change = np.array([seeds[seed] - means[reference, kind][seed] for seed in both]).T[:2]
                 rows.append([ARMS[arm][0], kind, str(len(both)), *map(interval, change)])
         if rows:
             print(f"The same, minus that of the same seed with {ARMS[reference][0]}:\n")
@@ -199,10 +203,10 @@ def analyse() -> None:
     print("(5 %). Own: at the end, minus scratch's. These, and the source's to itself, share the run from scratch with")
     print("R, so that chance alone gives them more *:\n")
     rows = []
-    for arm in ARMS:
+    for title, arms in [(title, [arm]) for arm, (title, *_) in ARMS.items()] + [("all", list(ARMS))]:
         for kind in ("between games", "to itself"):
-            parts = [(seeds, values) for (its_arm, its_kind), (seeds, values) in tables.items()
-                     if its_arm == arm and its_kind not in ("between all three", "from or to Catch-v1")
+            parts = [(seeds, values) for (arm, its_kind), (seeds, values) in tables.items()
+                     if arm in arms and its_kind not in ("between all three", "from or to Catch-v1")
                      and its_kind.startswith("to itself") == (kind == "to itself")]  # fmt: skip
             names = sorted(set().union(*(seeds for seeds, _ in parts)))
             if len(names) < 5:
@@ -213,10 +217,10 @@ def analyse() -> None:
             joined = np.concatenate(joined, axis=1)
             runs = (~np.isnan(joined[..., 0])).sum()
             pairs = [[correlation(joined[..., i], joined[..., k]) for k in (0, 1)] for i in range(2, 6)]
-            rows.append([ARMS[arm][0], kind, str(runs), *(" / ".join(pair) for pair in pairs)])
+            rows.append([title, kind, str(runs), *(" / ".join(pair) for pair in pairs)])
     names = ["source's dead units", "source's feature rank", "own dead units", "own feature rank"]
     print_table(["terminals", "transfer", "runs", *names], rows)
-    texts = [text for row in rows if row[1] == "between games" for text in " / ".join(row[3:5]).split(" / ")]
+    texts = [text for row in rows if row[0] != "all" and row[1] == "between games" for text in " / ".join(row[3:5]).split(" / ")]
     stars = sum("*" in text for text in texts)
     print(f"Of the {len(texts)} with sources between games {stars} have a *; chance gives {len(texts) / 20:.1f}.\n")
     print("Each cell:\n")
