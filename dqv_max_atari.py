@@ -132,9 +132,11 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
         envs = gym.make_vec(args.env_id, num_envs=num_envs)
     except (gym.error.Error, ImportError, ValueError) as error:
         fail(f"--env-id {args.env_id}: {str(error).splitlines()[0]}")
-    space, mode = envs.single_observation_space, envs.metadata["autoreset_mode"]
+    space, actions, mode = envs.single_observation_space, envs.single_action_space, envs.metadata["autoreset_mode"]
     if space.shape != (4, 84, 84) or space.dtype != np.uint8 or mode != AutoresetMode.NEXT_STEP:
         fail(f"--env-id {args.env_id}: {space.dtype} {space.shape}, {mode}, instead of uint8 (4, 84, 84), NEXT_STEP")
+    if not isinstance(actions, gym.spaces.Discrete) or actions.start:
+        fail(f"--env-id {args.env_id}: actions {actions} instead of Discrete(n)")
     return envs
 
 

@@ -32,7 +32,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 @dataclass
 class Args:
     command: tyro.conf.Positional[Literal["plan", "table", "scores", "plot"]]  # jobs to run; transfer; games; pictures
-    logdir: str = "runs"  # folder of the runs; it is searched at any depth
+    logdir: str = "runs"  # folder of the runs; it is searched at any depth, links are not followed
     metric: str = "eval/episodic_return"  # TensorBoard tag of the learning curve
     format: Literal["markdown", "csv"] = "markdown"  # table, scores: for people, or for programs
     out: str = "results"  # plot: folder for the pictures and curves.csv
@@ -129,14 +129,19 @@ class Run:
     target: str
     seed: int
     total: int  # its --total-timesteps
+    last: int  # the step of its last event
+
+    def paired(self) -> bool:
+        return self.flags.get("pretrained_seed", str(self.seed)) == str(self.seed)
 
     def lacks(self, metric: str) -> str:
         """Why its curve of `metric` is not complete, "" if it is."""
         if not len(self.curves[metric]):
             return f"no {metric} in it"
         steps, values = self.curves[metric].T
-        if steps[-1] < self.total * (0.99 if metric.startswith("charts/episodic") else 1):  # the last game goes on
-            return f"incomplete, {steps[-1]:,.0f} of {self.total:,} steps"
+        last = self.last if metric.startswith("charts/episodic") else steps[-1]  # the last game goes on
+        if last < self.total:
+            return f"incomplete, {last:,.0f} of {self.total:,} steps"
         return "" if len(steps) > 1 and np.isfinite(values).all() else f"{metric} has one point, or is not finite"
 
 
@@ -154,12 +159,13 @@ def game(env_id: str) -> str:
 
 def read_run(folder: str, tags: list[str]) -> Run:
     """The run in `folder` with its curves of `tags`, or an error that says why there is none."""
-    flags, points, begin = {}, {tag: [] for tag in tags}, np.inf
+    flags, points, begin, last = {}, {tag: [] for tag in tags}, np.inf, 0
     for path in sorted(Path(folder).glob("*tfevents*")):
         buffer = path.read_bytes()
         start = 12  # a record: length of the event (8 bytes), checksum (4), event, checksum (4); the last may be cut
         while start <= len(buffer) and (end := start + struct.unpack_from("<Q", buffer, start - 12)[0]) < len(buffer):
             event = Event.FromString(buffer[start:end])
+            last = max(last, event.step)
             if event.session_log.status == SessionLog.START:  # resumed: what is written again goes
                 points = {tag: [point for point in points[tag] if point[0] < event.step] for tag in tags}
             for value in event.summary.value:
@@ -193,13 +199,15 @@ def read_run(folder: str, tags: list[str]) -> Run:
         steps, index, n = np.unique([step for step, _ in points[tag]], return_inverse=True, return_counts=True)
         curves[tag] = np.c_[steps, np.bincount(index, [value for _, value in points[tag]]) / n]
     checkpoint = Path(folder, f"{flags['exp_name']}.pt")
-    return Run(checkpoint, flags, curves, *identity, int(float(flags.get("total_timesteps", 0))))
+    return Run(checkpoint, flags, curves, *identity, int(float(flags.get("total_timesteps", 0))), last)
 
 
 def read_runs(logdir: str, tags: list[str]) -> list[Run]:
     """All runs below `logdir`, oldest first; what is none is named on stderr."""
-    folders, runs = {path.parent for path in Path(logdir).rglob("*tfevents*")}, []
-    for folder in sorted(folders, key=lambda folder: (folder.stat().st_mtime, folder)):
+    newest, runs = defaultdict(str), []
+    for path in Path(logdir).rglob("*tfevents*"):  # events.out.tfevents.SECONDS: a folder changes later, too
+        newest[path.parent] = max(newest[path.parent], path.name[:30])
+    for folder in sorted(newest, key=lambda folder: (newest[folder], folder)):
         try:
             runs.append(read_run(str(folder), tags))
         except Exception as error:  # noqa: BLE001  whatever one run holds, the others have their table
@@ -228,10 +236,11 @@ def finished_runs(args: Args, others: tuple[str, ...] = ()) -> dict[tuple, dict[
     for (field, *_), runs in groups.items():  # flags that differ: a run's join its algorithm, its source's its mode
         for name, run in product(differences(runs, of_source=field == "mode"), runs):
             setattr(run, field, f"{getattr(run, field)}, {name} {run.flags.get(name)}")
-    for run in sorted(complete, key=lambda run: run.seed):
+    for run in sorted(complete, key=lambda run: (run.seed, run.paired())):
         arm = arms[run.algorithm, run.mode, run.source, run.target]
         if older := arm.get(run.seed):
-            print(f"skipped {str(older.checkpoint.parent)!a}: one with the same flags is newer", file=sys.stderr)
+            reason = "is newer" if older.paired() == run.paired() else "has a source of the same seed"
+            print(f"skipped {str(older.checkpoint.parent)!a}: one with the same flags {reason}", file=sys.stderr)
         arm[run.seed] = run
     return dict(sorted(arms.items()))
 
@@ -271,12 +280,13 @@ def compare(scratch: dict[int, Run], transfer: dict[int, Run], metric: str) -> d
     first, seeds = next(iter(transfer.values())), sorted(set(scratch) & set(transfer))
     cell = {name: getattr(first, name) for name in ("algorithm", "mode", "source", "target")}
     cell["from"] = f"{'itself' if first.source == first.target else first.source}, {first.mode}"
-    row = first.algorithm, cell["from"].removesuffix(", fine-tuning"), first.target
+    published = re.sub("(, fine-tuning)?(, pretrained_.+)?$", "", cell["from"])  # under flags of their own, too
+    row = first.algorithm.split(", ")[0], published, first.target
     names = ("R", "R_low", "R_high", "FT", "FT_low", "FT_high", "jumpstart", "asymptotic")
     cell |= {"n": len(seeds), "published": PUBLISHED.get(row, np.nan), "note": ""} | dict.fromkeys(names, np.nan)
     if not seeds:
         return cell | {"note": f"no run from scratch on {first.target} with the same flags and seed"}
-    if any(run.flags.get("pretrained_seed", run.flags["seed"]) != run.flags["seed"] for run in transfer.values()):
+    if not all(run.paired() for run in transfer.values()):
         cell["note"] += "Sources have other seeds. "
     grid, curves = on_grid([runs[seed] for runs in (scratch, transfer) for seed in seeds], metric)
     areas = ((curves[:, 1:] + curves[:, :-1]) / 2 * np.diff(grid)).sum(axis=1) / (grid[-1] - grid[0])
@@ -397,7 +407,7 @@ def plan(args: Args) -> None:
 
     def find(flags: str, *identity: str | int) -> list[Run]:
         """Runs with these flags, of the algorithm proper where they say nothing else; the newest complete one last."""
-        given = re.findall(r"--(no[-_])?([\w-]+)(?:[ =]+(?!--)(\S+))?", flags)
+        given = re.findall(r"--(no[-_])?([\w-]+)(?:[ =]+(?!--)(\S+))?", " ".join(shlex.split(flags)))
         wanted = usual | {name.replace("-", "_"): value or str(not off) for off, name, value in given}
         same = [run for run in runs if (re.sub(heads, "", run.mode), run.source, run.target, run.seed) == identity]
         same = [run for run in same if all(number(run.flags.get(k, v)) == number(v) for k, v in wanted.items())]
@@ -492,6 +502,7 @@ def plot(args: Args) -> None:
     Path(args.out).mkdir(parents=True, exist_ok=True)
     with open(f"{args.out}/curves.csv", "w", newline="") as file:
         write(rows, "csv", file)
+        print(file.name)
     for names in ({run.algorithm for run in runs}, {run.source for run in runs} - {""}):  # equal in all pictures
         colours |= {name: f"C{i}" for i, name in enumerate(sorted(names))}
     pictures = {f"matrix {cells[0]['algorithm']}": draw_matrix(cells) for cells in all_cells(arms, args.metric)}
@@ -505,8 +516,9 @@ def plot(args: Args) -> None:
     for title, groups in figures.items():
         if len(groups) > 1:
             pictures[f"curves {title}"] = draw_curves(title, groups, [args.metric, *PANELS])
-    for name, figure in pictures.items():
-        path = f"{args.out}/{re.sub(r'[^a-z0-9.-]+', '_', name.lower())}.png"
+    for number, (name, figure) in enumerate(pictures.items()):
+        stem = re.sub(r"[^a-z0-9.-]+", "_", name.lower())  # with many flags longer than a file's name can be
+        path = f"{args.out}/{stem if len(stem) < 200 else f'{stem[:190]}_{number}'}.png"
         figure.savefig(path, dpi=100)
         print(path)
 

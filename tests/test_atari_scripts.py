@@ -628,6 +628,7 @@ def test_cleanrl_s_bare_state_dict_is_accepted(source, tmp_path):
 @pytest.mark.parametrize("flags, says", [
     ("--env-id ALE/Pongg-v5", "ALE/Pongg-v5"),
     ("--env-id CartPole-v1", "uint8 (4, 84, 84)"),
+    ("--env-id toy_env:ToyFromOne-v0", "actions Discrete(3, start=1) instead of"),
     ("--env-id toy_env:ToyRepeated-v0", "a stack must begin with black frames"),
     ("--env-id nowhere:Game-v0", "--env-id nowhere:Game-v0: No module named 'nowhere'"),
     ("--evaluate missing.pt", "missing.pt: 0 checkpoints (*.pt) are there, one is needed"),

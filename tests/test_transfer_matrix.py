@@ -192,6 +192,23 @@ def test_sources_that_differ_are_other_experiments(tmp_path):
     assert all(cell["n"] == 2 and cell["note"] == "Sources have other seeds. " for cell in found.values())
 
 
+def test_the_source_of_the_same_seed_counts_and_many_flags_fit_into_a_file_s_name(tmp_path):
+    for value in "ab":
+        flags = {f"flag_number_{i}": value for i in range(20)} | {"double": False}
+        write(tmp_path, GAME, [0, 100], [0.5, 0.5], **flags)
+        for seed, gain in ((1, 1.8), (2, 0.6)):
+            source = {"source": OTHER, "pretrained_seed": seed, "pretrained_gamma": value}
+            write(tmp_path, GAME, [0, 100], [0.5 * gain] * 2, **source, **flags)
+    found = list(cells(tmp_path).values())
+    assert len(found) == 2 and not any(cell["note"] for cell in found)
+    assert [cell["R"] for cell in found] == pytest.approx([0.8, 0.8])
+    assert all(cell["published"] == tm.PUBLISHED["DQN", "Catch-v3", "Catch-v0"] for cell in found)
+    paths = printed("plot", tmp_path, "--out", tmp_path / "pictures").splitlines()
+    assert len(set(paths)) == len(list((tmp_path / "pictures").iterdir())) == 6 and all(
+        Path(path).is_file() for path in paths
+    )
+
+
 def test_algorithms_and_modes_come_from_the_hyper_parameters(tmp_path):
     for i, (flags, algorithm, mode) in enumerate([
         ({"double": False}, "DQN", "fine-tuning"), ({}, "DDQN", "fine-tuning"),
@@ -225,6 +242,7 @@ def test_reading_equals_tensorboard_s_own_reader(tmp_path):
 def test_broken_runs_are_named_and_the_others_have_their_table(tmp_path):
     write(tmp_path, GAME, [0, 50, 100], [1, 1, 1])
     older, whole = (write(tmp_path, GAME, [0, 50, 100], [1, 1, 1], seed=2) for _ in range(2))
+    (older / "evaluated.gif").touch()  # which does not make the run newer
     growing = write(tmp_path, GAME, [0, 50], [1, 1], seed=3, total_timesteps=100)
     nothing = write(tmp_path, GAME, [0, 50, 100], [1, 1, 1], seed=4, metric="charts/other")
     seed = write(tmp_path, GAME, [0, 100], [1, 1], seed="x")
@@ -254,6 +272,9 @@ def test_broken_runs_are_named_and_the_others_have_their_table(tmp_path):
     assert lines[nothing.name] == f"no {METRIC} in it" and "not finite" in lines[infinite.name]
     assert lines[rest.name] == "it begins at step 50: the rest of a run that was resumed elsewhere"
     games = write(tmp_path / "games", GAME, [10, 99.5], [1, 1], metric="charts/episodic_return", total_timesteps=100)
+    assert tm.read_run(str(games), ["charts/episodic_return"]).lacks("charts/episodic_return")
+    with SummaryWriter(games) as writer:
+        writer.add_scalar("charts/SPS", 1, 100)  # it has ended, its last game has not
     assert not tm.read_run(str(games), ["charts/episodic_return"]).lacks("charts/episodic_return")
     games = write(tmp_path / "games", GAME, [50, 50, 100], [1, 0, 1], metric="charts/episodic_return")  # two at once
     curve = tm.read_run(str(games), ["charts/episodic_return"]).curves["charts/episodic_return"]
@@ -396,10 +417,10 @@ def test_plot(tmp_path):
             writer.add_scalar("eval/max_q", 0.7, 50)  # alone, as where the log was cut within an evaluation
         write(tmp_path / "runs", GAME, [0, 50, 100], [0.2, 0.3, 0.5], seed, OTHER)
     done = run("transfer_matrix.py", "plot", "--logdir", "runs", "--out", "pictures", cwd=tmp_path)
-    names = ["matrix_ddqn.png", "curves_ddqn_on_catch-v0.png"]
+    names = ["curves.csv", "matrix_ddqn.png", "curves_ddqn_on_catch-v0.png"]
     assert done.stdout.splitlines() == [f"pictures/{name}" for name in names]
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"curves.csv", *names}
-    assert all((tmp_path / "pictures" / name).stat().st_size > 5_000 for name in names)
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == set(names)
+    assert all((tmp_path / "pictures" / name).stat().st_size > 5_000 for name in names[1:])
     rows = list(csv.DictReader((tmp_path / "pictures/curves.csv").open()))
     assert len(rows) == 12 and rows[-1] == {
         "algorithm": "DDQN", "mode": "scratch", "source": "", "target": "Catch-v0", "seed": "2", "step": "100",
