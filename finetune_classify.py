@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
@@ -120,7 +121,7 @@ def read_csv(path: str, columns: list[str], errors: str = "surrogateescape") -> 
     try:
         with open(path, newline="", encoding="utf-8-sig", errors=errors) as file:
             rows = list(csv.DictReader(file, restval=""))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         fail(f"{path} cannot be read: {error}")
     if not rows or set(columns) - set(rows[0]):
         fail(f"{path}: the columns {columns} are expected, not {list(rows[0]) if rows else 'nothing'}")
@@ -428,6 +429,7 @@ def measure(logits: dict, seen: torch.Tensor, targets: dict, split: str) -> tupl
     """Loss and shares in [0, 1], as `val/top1` (`val/TASK/top1` of several tasks), and confusion matrices.
 
     Logits are `(N, classes)` of the images `seen` `(N,)`, targets int64 of all; a matrix has a row per true class.
+    Macro-F1 is the mean over the classes that have images, where scikit-learn's is over those predicted, too.
     """
     targets, confusions = {task: target[seen] for task, target in targets.items()}, {}
     scalars = {f"{split}/loss": total_loss(logits, targets).item()}
@@ -450,6 +452,9 @@ def describe(scalars: dict[str, float]) -> str:
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
+rcParams["text.parse_math"] = False  # `$` in the names of classes
+
+
 def save_figure(figure: Figure, path: str) -> None:
     write_file(path, lambda file: figure.savefig(file, format="png", dpi=120, bbox_inches="tight"))
 
@@ -552,9 +557,10 @@ if __name__ == "__main__":
         path, beside = checkpoint["path"], os.path.dirname(checkpoint["path"])
         own = set(vars(args)) - {"exp_name", "logdir", "resume", "evaluate", "predict", "split_file", "download"}
         saved = {name: value for name, value in checkpoint["args"].items() if name in own}
+        saved["exp_name"] = os.path.basename(path).removesuffix(".pt")
         args = tyro.cli(Args, default=Args(**saved))
         moved = any(getattr(args, name) != saved[name] for name in ("data_dir", "dataset"))
-        for name in ("strategy", "unfreeze_from", "optimizer") if args.resume else ():
+        for name in ("strategy", "unfreeze_from", "optimizer", "weights", "pretrained") if args.resume else ():
             if getattr(args, name) != saved[name]:
                 fail(f"--{name.replace('_', '-')} {getattr(args, name)}: the run has {saved[name]} (None: the default)")
         over = checkpoint["epoch"] >= args.epochs or checkpoint["stale"] >= args.patience
@@ -583,7 +589,7 @@ if __name__ == "__main__":
     workers = (CORES if on_cuda else min(CORES, 4)) if args.workers is None else args.workers
 
     # Data
-    source, classes = folder, checkpoint.get("classes")
+    source, classes, transfers = folder, checkpoint.get("classes"), checkpoint.get("transfers", 0)
     if args.predict:
         rows = [{"path": name, "split": "test"} for name in find_images(folder)]
     elif args.dataset:
@@ -599,7 +605,7 @@ if __name__ == "__main__":
             print(f"{known:,} of the run's {len(own_images):,} images are there: its training images may be tested")
     if args.evaluate and not args.split_file and "test" not in {row["split"] for row in rows}:
         if not moved:
-            fail(f"{beside}/split.csv is not there: the run's training images would be tested")
+            fail(f"{beside}/split.csv is not there, or none of its images: the run's training images would be tested")
         rows = [row | {"split": "test"} for row in rows]
     if not args.predict:
         rows, classes = split_data(args, rows, classes)
@@ -621,6 +627,8 @@ if __name__ == "__main__":
         model = restore(checkpoint, args.arch, args.image_size, "model" if args.evaluate else "last")
     elif args.pretrained:
         content = load_file(args.pretrained, *CHECKPOINT)
+        transfers = 1 + content.get("transfers", 0)
+        torch.manual_seed(args.seed + 1_000_003 * (transfers - 1))  # no new head is one that a source began with
         donor = restore(content, args.arch, args.image_size)
         theirs = os.path.join(os.path.dirname(content["path"]), "split.csv")
         data = {(run["dataset"], os.path.realpath(run["data_dir"] or "")) for run in (content["args"], vars(args))}
@@ -727,6 +735,7 @@ if __name__ == "__main__":
         state = {name: checkpoint[name] for name in state}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
     state |= {"finished": False, "args": vars(args), "classes": classes, "preprocessing": model.preprocessing}
+    state["transfers"] = transfers
     writer = SummaryWriter(run_dir, purge_step=state["epoch"] + 1 if args.resume else None)
     lines = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{lines}", state["epoch"])
@@ -782,9 +791,9 @@ if __name__ == "__main__":
         save()
         print(f"stopped by {end!r}; python {sys.argv[0]} --resume {run_dir} goes on", file=sys.stderr)
         sys.exit(130 if stops else 1)  # on a signal to the group a worker may die first, which raises something else
+    print(f"test, the best of {epoch} epochs: {describe(scalars)}")
     for task, confusion in confusions.items():
         name = f"confusion_{task}.png" if len(confusions) > 1 else "confusion.png"
         save_figure(draw_confusion(confusion, classes[task], f"{task}, test images"), f"{run_dir}/{name}")
     writer.close()
-    print(f"test, the best of {epoch} epochs: {describe(scalars)}")
     print(f"{len(unreadable):,} images could not be read and were left out; saved {run_dir}")

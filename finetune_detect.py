@@ -162,16 +162,18 @@ def read_annotations(path: str, label_column: str) -> list[dict]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.endswith(".json"):
                 data = json.load(file)
-                names = {category["id"]: category["name"] for category in data["categories"]}
+                names = {category["id"]: str(category["name"]) for category in data["categories"]}
                 for box in data["annotations"]:
                     boxes[box["image_id"]].append(box | {"category": names.get(box["category_id"])})
+                if unknown := boxes.keys() - {image["id"] for image in data["images"]}:
+                    print(f"left out: boxes of {len(unknown):,} images not in {path}, as of {min(map(str, unknown))}")
                 return [i | {"file_name": i["file_name"], "boxes": boxes[i["id"]]} for i in data["images"]]
             for row in csv.DictReader(file):
                 x1, y1, x2, y2 = map(float, row["bounding_box_coordinates"].split(","))
                 category = re.sub(r"\s*\([^()]*\)\s*$", "", row[label_column]).strip()
                 boxes[row["image_filename"]].append({"bbox": [x1, y1, x2 - x1, y2 - y1], "category": category})
         return [{"file_name": name, "boxes": found} for name, found in boxes.items()]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ElementTree.ParseError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error, ElementTree.ParseError) as error:
         fail(f"{path}: no annotations in a known format ({type(error).__name__}: {error})")
 
 
@@ -302,6 +304,9 @@ class Pictures(Dataset):
                 if size not in ("(0, 0)", str(file.size), str(turned.size)):
                     raise ValueError(f"{file.size} pixels, annotated as {size}")
                 annotated = file if size == str(file.size) != str(turned.size) else turned
+                if annotated.mode in ("RGBA", "LA", "PA") or "transparency" in annotated.info:
+                    white = Image.new("RGBA", annotated.size, "white")
+                    annotated = Image.alpha_composite(white, annotated.convert("RGBA"))
                 image = v2.functional.to_image(annotated.convert("RGB"))
             inside = clip_boxes_to_image(target["boxes"], image.shape[1:])
             if (box_area(inside) < 0.9 * box_area(target["boxes"])).any():  # a tenth is a matter of how one draws
@@ -337,7 +342,7 @@ def read_batches(args: Args, data: Pictures, ids: list[int], device: torch.devic
         if STOPS:
             raise KeyboardInterrupt
         for _, reason, i in (item for item in items if item[0] is None and item[2] not in data.unreadable):
-            print(f"left out: {data.coco.imgs[i]['file_name']} cannot be used, {reason}")
+            print(f"left out: {data.coco.imgs[i]['file_name']!r} cannot be used, {reason}")
             data.unreadable.add(i)
         good = [item for item in items if item[0] is not None]
         images = [image.to(device, non_blocking=True).float() / 255 for image, _, _ in good]
@@ -635,7 +640,7 @@ def load_weights(args: Args, model: nn.Module) -> list[str]:
     state = {name.removeprefix("trunk."): value for name, value in state.items()}  # of finetune_classify.py
     if not any(name.startswith(("backbone.", "head.")) for name in state):
         state = {f"backbone.body.{name.removeprefix('features.')}": value for name, value in state.items()
-                 if not name.startswith(("fc.", "classifier.", "heads.", "aux"))}  # fmt: skip
+                 if not name.startswith(("fc.", "classifier.", "heads."))}  # fmt: skip
     state = {name: value for name, value in state.items() if not HEAD.search(name)}
     try:
         missing, wrong = model.load_state_dict(state, strict=False)  # torchvision renames what older files have
@@ -765,13 +770,15 @@ if __name__ == "__main__":
             fail(f"{checkpoint['path']} is no checkpoint of this script")
         own = set(vars(args)) - {"exp_name", "logdir", "resume", "evaluate", "predict", "download"}
         saved = {name: value for name, value in checkpoint["args"].items() if name in own}
+        saved["exp_name"] = os.path.basename(checkpoint["path"]).removesuffix(".pt")
         saved |= {"split_file": f"{base}/split.csv"} if os.path.isfile(f"{base}/split.csv") else {}
         args = tyro.cli(Args, default=Args(**saved))
         new = {name: value for name, value in vars(args).items() if value != saved.get(name)}
-        for name in ("strategy", "unfreeze_from", "optimizer"):
-            if args.resume and name in new:
-                fail(f"--{name.replace('_', '-')} {new[name]}: {args.resume} goes on with {saved[name]}")
-        exported = glob.glob(f"{args.data_dir}/*/_annotations.coco.json") if "data_dir" in new else []
+        for name in ("arch", "backbone", "strategy", "unfreeze_from", "optimizer", "weights", "pretrained"):
+            if name in new and (args.resume or name in ("arch", "backbone")):
+                fail(f"--{name.replace('_', '-')} {new[name]}: the run has {saved[name]}")
+        exported = glob.glob("*/_annotations.coco.json", root_dir=args.data_dir) if "data_dir" in new else []
+        exported = [os.path.join(args.data_dir, path) for path in exported]
         if exported and os.path.isfile(saved.get("split_file") or ""):
             with open(saved["split_file"], newline="", encoding="utf-8") as file:
                 paths = [os.path.join(args.data_dir, row["path"]) for row in csv.DictReader(file)]
@@ -791,13 +798,15 @@ if __name__ == "__main__":
         fail("--arch fastrcnn needs a file of --proposals, which --augmentation ssd would not crop")
     if args.backbone and args.arch in TORCHVISION:
         fail(f"--backbone is for --arch yolov3, {', '.join(FAMILIES)}; {args.arch} has its own")
+    if os.path.basename(args.exp_name) != args.exp_name:
+        fail(f"--exp-name {args.exp_name} is not the name of a file")
     if args.predict and not args.evaluate:
         fail("--predict needs a trained detector: --evaluate RUN")
     if args.strategy != "fine-tune" and args.unfreeze_from or args.strategy == "scratch" and args.pretrained:
         fail("--unfreeze-from is for --strategy fine-tune, and --pretrained for all but scratch")
     args.backbone = args.backbone or ("resnet50" if args.arch in FAMILIES else None)
-    if args.backbone and args.backbone not in models.list_models(module=models):
-        fail(f"--backbone {args.backbone}: torchvision has no such classifier")
+    if args.backbone and args.backbone not in set(models.list_models(module=models)) - {"googlenet"}:
+        fail(f"--backbone {args.backbone}: torchvision has no such classifier, or it scales the images in its own way")
     args.weights = "none" if args.strategy == "scratch" else args.weights
     if not args.weights and (args.backbone or args.arch in TORCHVISION):
         args.weights = next(iter(models.get_model_weights(args.backbone or args.arch))).name
@@ -808,9 +817,8 @@ if __name__ == "__main__":
     torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("high")
     # the new layers of a chain must not be those that its source, often of the same seed, began with
-    transfers = checkpoint.get("transfers", 0)
-    if args.pretrained and not checkpoint:
-        transfers = 1 + read_checkpoint(args.pretrained).get("transfers", 0)
+    source = read_checkpoint(args.pretrained) if args.pretrained and not checkpoint else {}
+    transfers = source.get("transfers", 0) + 1 if source else checkpoint.get("transfers", 0)
     torch.manual_seed(args.seed + 1_000_003 * transfers)
 
     # Data
@@ -820,6 +828,14 @@ if __name__ == "__main__":
     sizes = ", ".join(f"{len(ids[split]):,} {split}" for split in SPLITS)
     print(f"{folder}: {sizes} images; {len(coco.anns):,} boxes of {len(classes):,} classes: {', '.join(classes)}")
     data = Pictures(folder, coco, args)
+    theirs = os.path.join(os.path.dirname(source.get("path", "")), "split.csv")
+    both = source.get("args", {}), vars(args)
+    same = len({(run.get("dataset"), os.path.realpath(run.get("data_dir") or "")) for run in both}) == 1
+    if source and same and os.path.isfile(theirs):
+        with open(theirs, newline="", encoding="utf-8") as file:
+            seen = {row["path"] for row in csv.DictReader(file) if row["split"] != "test"}
+        if seen := seen & {coco.imgs[i]["file_name"] for i in ids["test"]}:
+            fail(f"--pretrained has seen {len(seen):,} of the test images in training: give --split-file {theirs}")
 
     # The detector
     model = make_detector(args, 1 + len(classes))
@@ -833,6 +849,7 @@ if __name__ == "__main__":
             fail("there are no images to test on")
         results, seen = detect(args, model, data, ids[split], device)
         if args.predict:
+            shutil.rmtree(f"{base}/pictures", ignore_errors=True)  # of another prediction
             draw_detections(data, results, seen, args.predict_threshold, f"{base}/pictures")
             write_file(f"{base}/predictions.json", lambda file: file.write(json.dumps(results).encode()))
             print(f"saved {len(results):,} boxes in {len(seen):,} images to {base}: predictions.json and pictures")

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
@@ -101,7 +101,7 @@ BOUNDS = {"seed": (0, 2**63), "workers": (0, 1024), "image_size": (2, 4096), "tr
           "prune_fraction": (1e-6, 0.999), "rounds": (1, 100), "epochs": (1, 10**6), "patience": (0, 10**6),
           "batch_size": (2, 10**6), "learning_rate": (0, 1e15), "momentum": (0, 1), "weight_decay": (0, 1)}  # fmt: skip
 NO_EFFECT = "cuda amp workers logdir track dataset data_dir rounds tickets save_networks"  # may change as a run goes on
-FREE = NO_EFFECT + " seed source_seed source_run"  # what runs of one arm may differ in
+FREE = NO_EFFECT + " seed source_run moments"  # what runs of one arm may differ in
 
 
 def fail(message: str) -> None:
@@ -446,6 +446,9 @@ def start_from_ticket(network: nn.Module, path: str, control: str, seed: int) ->
 
 
 # Reporting -----------------------------------------------------------------------------------------------------------
+rcParams["text.parse_math"] = False  # `$` in names
+
+
 # Table of the paper: test accuracy in %, its standard deviation and the best ticket's sparsity, of the unpruned network
 # and of tickets of CIFAR-10, CIFAR-100, Fashion-MNIST and the target itself
 PUBLISHED = {
@@ -519,7 +522,7 @@ def read_runs(folders: list[str]) -> dict[str, dict[str, tuple[list[dict], dict[
 
 def report(folders: list[str], out: str) -> None:
     """Print a table per target and draw its picture, lottery_TARGET.png."""
-    os.makedirs(out, exist_ok=True)
+    os.makedirs(out or ".", exist_ok=True)
     for target, arms in sorted(read_runs(folders).items()):
         arms = dict(sorted(arms.items(), key=lambda item: (item[0][:5] != "dense", item[0][:3] != "own", item[0])))
         curves = {}
@@ -662,6 +665,7 @@ if __name__ == "__main__":
     settings = {name: value for name, value in vars(args).items() if name not in ("resume", "download")}
     settings |= {"target": target, "arm": arm, "classes": classes, "built_for": built_for or args.image_size}
     settings["images"] = [len(images[split].labels) for split in SPLITS]
+    settings["moments"] = [round(value, 3) for value in torch.cat(moments).tolist()]  # other images, equally named
     if source:
         settings["source_run"] = Path(next(iter(tickets.values()))).absolute().parent.name
         settings |= {f"source_{k}": source.get(k) for k in "learning_rate batch_size milestones augment".split()}

@@ -301,10 +301,12 @@ def trained(folder, weights, tmp_path_factory):
     return runs
 
 
-def test_pictures_have_titles_and_classes():
-    (axes,) = fc.draw_confusion(torch.tensor([[3, 1], [0, 17]]), ["cat", "dog"], "title").axes
+def test_pictures_have_titles_and_classes(tmp_path):
+    figure = fc.draw_confusion(torch.tensor([[3, 1], [0, 17]]), ["a$_$", "dog"], "title")  # no formula
+    fc.save_figure(figure, str(tmp_path / "confusion.png"))
+    (axes,) = figure.axes
     assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0, 1]]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a$_$", "dog"]
     model, images = build("resnet18"), torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     axes = fc.draw_saliency({"other": model, "this": model}, images, ["disc\n-> cross", "square\n-> disc"]).axes
     titles = ["image", "Grad-CAM\nother", "Grad-CAM\nthis", "VisualBackProp\nother", "VisualBackProp\nthis"]
@@ -451,8 +453,9 @@ def test_early_stopping_and_the_best_weights(folder, weights, tmp_path):
     torch.save(checkpoint, path / "finetune_classify.pt")
     error = refused(SCRIPT, "--resume", path, "--arch", "vgg11", "--patience", 3, cwd=tmp_path)
     assert "is of --arch resnet18, not vgg11" in error
-    error = refused(SCRIPT, "--resume", path, "--optimizer", "adam", cwd=tmp_path)
-    assert "--optimizer adam: " in error and "the run has None (None: the default)" in error
+    for flag, value in (("--optimizer", "adam"), ("--pretrained", "elsewhere")):
+        error = refused(SCRIPT, "--resume", path, flag, value, cwd=tmp_path)
+        assert f"{flag} {value}: the run has None (None: the default)" in error
     # another learning rate is at work: none, so nothing moves
     run(SCRIPT, "--resume", path, *"--patience 3 --learning-rate 0 --weight-decay 0.5".split(), cwd=tmp_path)
     after = torch.load(path / "finetune_classify.pt")
@@ -560,6 +563,24 @@ def test_a_chain_to_several_tasks(trained, folder, tmp_path):
     assert all(torch.equal(chained["model"][name], source["model"][name]) for name in trunk)
     names = {f"test/{task}/{name}" for task in ("shape", "round") for name in ("top1", "top5", "macro_f1")}
     assert names <= set(scalars(run_dir)) and (run_dir / "confusion_round.png").exists()
+    # no link of a chain has the first head of a link before it
+    flags, heads = f"--data-dir {folder} --strategy off-the-shelf --learning-rate 0 --epochs 1".split(), []
+    for name in "abc":
+        run(
+            SCRIPT,
+            *SMALL,
+            *flags,
+            "--pretrained",
+            path,
+            "--split-file",
+            path / "split.csv",
+            "--logdir",
+            name,
+            cwd=tmp_path,
+        )
+        path = only_run(tmp_path / name)
+        heads.append(torch.load(path / "finetune_classify.pt")["model"]["heads.0.weight"])
+    assert not any(torch.equal(heads[i], heads[k]) for i, k in ((0, 1), (0, 2), (1, 2)))
 
 
 @pytest.mark.parametrize("arch", ["densenet121", "vit_b_16", "mnasnet0_5"])

@@ -133,10 +133,19 @@ def test_records_with_an_error_are_left_out_and_named(tmp_path, capsys):
     pictures.append(("thin.png", boxes[1:2], names[1:2]))  # its object is not background
     train = write_coco(tmp_path / "a.json", pictures)
     val = write_coco(tmp_path / "b.json", [("a.png", boxes[:1], names[:1])])
+    data = json.loads((tmp_path / "a.json").read_text())
+    data["annotations"].append(data["annotations"][0] | {"image_id": "0"})  # a string, where images have numbers
+    (tmp_path / "a.json").write_text(json.dumps(data))
     found, _ = load(tmp_path, annotations=train, val_annotations=val)
     assert found == {"a.png": ("train", boxes[:1], names[:1], [0]), "negative.png": ("train", [], [], [])}
     out, gone = capsys.readouterr().out, f"there is no such image in {tmp_path}, or it is annotated twice"
-    lines = ["a.png: disc, box [5, 5, 0.5, 15]", "a.png: unknown class", "6 records", f"None: {gone}"]
+    lines = [
+        f"boxes of 1 images not in {train}, as of 0",
+        "a.png: disc, box [5, 5, 0.5, 15]",
+        "a.png: unknown class",
+        "6 records",
+        f"None: {gone}",
+    ]
     for line in (*lines, f"a.png: {gone}", f"b.png: {gone}"):
         assert line in out
     unusable = [[math.nan, 1, 9, 9], ["1", 1, 9, 9], [1, 9, 9], [1, 1, 1, 9], None]
@@ -169,14 +178,17 @@ def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path, monkeypat
         assert [i for _, _, read in batches for i in read] == [0]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
     assert len(lines) == 3 == len(data.unreadable)
-    for words in ("turned.jpg cannot be used, ValueError: a box is outside of its 40 x 60", "DecompressionBombError"):
+    for words in ("turned.jpg' cannot be used, ValueError: a box is outside of its 40 x 60", "DecompressionBombError"):
         assert sum(words in line for line in lines) == 1, lines
     Image.fromarray(np.full((40, 60), 300, np.uint16)).save(tmp_path / "deep.png")
     names = ("good.jpg", "turned.jpg", "deep.png")  # boxes that go a little beyond, and of a picture before its turn
     data.coco.imgs = {i: {"file_name": name, "size": "(60, 40)"} for i, name in enumerate(names)}
     data.coco.imgToAnns = {i: [{"bbox": [1, -1, 58, 39], "iscrowd": 0, "category_id": 1}] for i in range(3)}
     data.coco.imgs[3] = {"file_name": "good.jpg", "size": "(30, 20)"}  # boxes of a smaller copy
-    data.coco.imgToAnns[3] = []
+    Image.new("RGBA", (60, 40)).save(tmp_path / "clear.png")
+    data.coco.imgs[4] = {"file_name": "clear.png", "size": "(60, 40)"}
+    data.coco.imgToAnns[3] = data.coco.imgToAnns[4] = []
+    assert (data[4][0] == 255).all()  # on white, as in the other scripts
     (one, target, _), (turned, again, _), (_, reason, _), (_, scaled, _) = (data[i] for i in range(4))
     assert scaled == "ValueError: (60, 40) pixels, annotated as (30, 20)"
     assert one.shape == turned.shape == (3, 40, 60) and reason.startswith("ValueError: mode I;16")
@@ -680,7 +692,11 @@ def test_one_file_is_split_and_a_chain_gets_another_head(shapes, tmp_path):
     same, other = (only_run(tmp_path / name) for name in ("same", "other"))
     script("--resume", other, "--data-dir", tmp_path / "moved", "--epochs", 2, cwd=tmp_path)
     error = refused("finetune_detect.py", "--resume", other, "--optimizer", "adam", cwd=tmp_path)
-    assert "--optimizer adam: " in error and "goes on with sgd" in error
+    assert "--optimizer adam: the run has sgd" in error
+    error = refused("finetune_detect.py", "--evaluate", other, "--arch", "yolov3", cwd=tmp_path)
+    assert "--arch yolov3: the run has " in error
+    error = refused("finetune_detect.py", *one, "--pretrained", source, "--seed", 2, cwd=tmp_path)
+    assert re.search(r"has seen \d of the test images in training: give --split-file .*split.csv", error)
     assert (other / "split.csv").read_text() == (source / "split.csv").read_text()
     first, chained = (torch.load(folder / "finetune_detect.pt")["last"] for folder in (source, same))
     heads = [name for name in first if fd.HEAD.search(name) and name.endswith("weight")]
@@ -708,6 +724,8 @@ MISTAKES = [
     ("{data} {train} --arch yolov5", "--arch yolov5: there are fasterrcnn, fastrcnn"),
     ("{data} {train} --arch fcos --backbone resnet19", "--backbone resnet19: torchvision has no such"),
     ("{data} {train} --arch fcos --backbone vit_b_16", "--backbone vit_b_16: no maps at strides 8"),
+    ("{data} {train} --arch fcos --backbone googlenet", "it scales the images in its own way"),
+    ("{data} {train} --exp-name a/b", "--exp-name a/b is not the name of a file"),
     ("{data} {train} --arch yolov3", "--weights None: no file (Darknet's yolov3.weights) nor none"),
     ("{data} {train} --arch yolov3 --weights none --image-size 100", "yolov3 takes multiples of 32"),
     ("{data} {train} --arch ssd300_vgg16 --backbone resnet18", "ssd300_vgg16 has its own"),

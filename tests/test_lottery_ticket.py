@@ -539,6 +539,11 @@ def test_on_resume_the_command_line_wins_but_other_flags_are_no_way_to_go_on(sou
     for again in (flags, ["--resume", run_dir]):
         error = refused(SCRIPT, *again, "--learning-rate", 3, cwd=tmp_path)
         assert "made with other flags: learning_rate; another --exp-name" in error
+    shutil.copytree(folder, others := tmp_path / "others" / folder.name)
+    for path in others.glob("*/*.png"):  # other pictures under the same names
+        Image.open(path).convert("L").save(path)
+    error = refused(SCRIPT, "--dataset", f"folder:{others}", *flags[2:], cwd=tmp_path)
+    assert "made with other flags: moments; another --exp-name" in error
     assert "other flags: epochs" in refused(SCRIPT, "--resume", run_dir, "--epochs", 99, "--patience", 0, cwd=tmp_path)
     assert rows_of(only_run(tmp_path / "runs")) == rows
 
