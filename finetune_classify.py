@@ -589,7 +589,7 @@ if __name__ == "__main__":
     workers = (CORES if on_cuda else min(CORES, 4)) if args.workers is None else args.workers
 
     # Data
-    source, classes, transfers = folder, checkpoint.get("classes"), checkpoint.get("transfers", 0)
+    source, classes, transfers = folder, checkpoint.get("classes"), checkpoint.get("transfers", bool(args.pretrained))
     if args.predict:
         rows = [{"path": name, "split": "test"} for name in find_images(folder)]
     elif args.dataset:
@@ -627,7 +627,7 @@ if __name__ == "__main__":
         model = restore(checkpoint, args.arch, args.image_size, "model" if args.evaluate else "last")
     elif args.pretrained:
         content = load_file(args.pretrained, *CHECKPOINT)
-        transfers = 1 + content.get("transfers", 0)
+        transfers = 1 + content.get("transfers", bool(content["args"].get("pretrained")))
         torch.manual_seed(args.seed + 1_000_003 * (transfers - 1))  # no new head is one that a source began with
         donor = restore(content, args.arch, args.image_size)
         theirs = os.path.join(os.path.dirname(content["path"]), "split.csv")

@@ -162,7 +162,7 @@ def read_annotations(path: str, label_column: str) -> list[dict]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.endswith(".json"):
                 data = json.load(file)
-                names = {category["id"]: str(category["name"]) for category in data["categories"]}
+                names = {c["id"]: str(c["name"]) for c in data["categories"] if c["name"] is not None}
                 for box in data["annotations"]:
                     boxes[box["image_id"]].append(box | {"category": names.get(box["category_id"])})
                 if unknown := boxes.keys() - {image["id"] for image in data["images"]}:
@@ -774,14 +774,15 @@ if __name__ == "__main__":
         saved |= {"split_file": f"{base}/split.csv"} if os.path.isfile(f"{base}/split.csv") else {}
         args = tyro.cli(Args, default=Args(**saved))
         new = {name: value for name, value in vars(args).items() if value != saved.get(name)}
-        for name in ("arch", "backbone", "strategy", "unfreeze_from", "optimizer", "weights", "pretrained"):
+        for name in ("arch", "backbone", "strategy", "unfreeze_from", "optimizer", "pretrained"):
             if name in new and (args.resume or name in ("arch", "backbone")):
                 fail(f"--{name.replace('_', '-')} {new[name]}: the run has {saved[name]}")
-        exported = glob.glob("*/_annotations.coco.json", root_dir=args.data_dir) if "data_dir" in new else []
-        exported = [os.path.join(args.data_dir, path) for path in exported]
+        root = args.data_dir or "data"
+        exported = glob.glob("*/_annotations.coco.json", root_dir=root) if "data_dir" in new else []
+        exported = [os.path.join(root, path) for path in exported]
         if exported and os.path.isfile(saved.get("split_file") or ""):
             with open(saved["split_file"], newline="", encoding="utf-8") as file:
-                paths = [os.path.join(args.data_dir, row["path"]) for row in csv.DictReader(file)]
+                paths = [os.path.join(root, row["path"]) for row in csv.DictReader(file)]
             exported = [] if all(map(os.path.isfile, paths)) else exported  # the run's own images, moved
         others = [new.get(name) for name in ("test_annotations", "val_annotations", "annotations")]
         others = next(filter(None, others), exported[0] if len(exported) == 1 else None)
@@ -805,9 +806,11 @@ if __name__ == "__main__":
     if args.strategy != "fine-tune" and args.unfreeze_from or args.strategy == "scratch" and args.pretrained:
         fail("--unfreeze-from is for --strategy fine-tune, and --pretrained for all but scratch")
     args.backbone = args.backbone or ("resnet50" if args.arch in FAMILIES else None)
-    if args.backbone and args.backbone not in set(models.list_models(module=models)) - {"googlenet"}:
-        fail(f"--backbone {args.backbone}: torchvision has no such classifier, or it scales the images in its own way")
+    if args.backbone and args.backbone not in models.list_models(module=models):
+        fail(f"--backbone {args.backbone}: torchvision has no such classifier")
     args.weights = "none" if args.strategy == "scratch" else args.weights
+    if args.backbone == "googlenet" and args.weights != "none" and not checkpoint:
+        fail("--backbone googlenet: its weights want images scaled in their own way; --weights none has none")
     if not args.weights and (args.backbone or args.arch in TORCHVISION):
         args.weights = next(iter(models.get_model_weights(args.backbone or args.arch))).name
     per_image = next(rate for name, rate in PER_IMAGE.items() if args.arch.startswith(name))
@@ -830,12 +833,13 @@ if __name__ == "__main__":
     data = Pictures(folder, coco, args)
     theirs = os.path.join(os.path.dirname(source.get("path", "")), "split.csv")
     both = source.get("args", {}), vars(args)
-    same = len({(run.get("dataset"), os.path.realpath(run.get("data_dir") or "")) for run in both}) == 1
+    same = len({(run.get("dataset"), os.path.realpath(run.get("data_dir") or "data")) for run in both}) == 1
     if source and same and os.path.isfile(theirs):
         with open(theirs, newline="", encoding="utf-8") as file:
-            seen = {row["path"] for row in csv.DictReader(file) if row["split"] != "test"}
+            seen = {row["path"] for row in csv.DictReader(file) if row["split"] in ("train", "val")}
         if seen := seen & {coco.imgs[i]["file_name"] for i in ids["test"]}:
             fail(f"--pretrained has seen {len(seen):,} of the test images in training: give --split-file {theirs}")
+    del source, both  # with its tensors
 
     # The detector
     model = make_detector(args, 1 + len(classes))
@@ -849,7 +853,6 @@ if __name__ == "__main__":
             fail("there are no images to test on")
         results, seen = detect(args, model, data, ids[split], device)
         if args.predict:
-            shutil.rmtree(f"{base}/pictures", ignore_errors=True)  # of another prediction
             draw_detections(data, results, seen, args.predict_threshold, f"{base}/pictures")
             write_file(f"{base}/predictions.json", lambda file: file.write(json.dumps(results).encode()))
             print(f"saved {len(results):,} boxes in {len(seen):,} images to {base}: predictions.json and pictures")

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from matplotlib import colormaps, rcParams
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
@@ -101,7 +101,7 @@ BOUNDS = {"seed": (0, 2**63), "workers": (0, 1024), "image_size": (2, 4096), "tr
           "prune_fraction": (1e-6, 0.999), "rounds": (1, 100), "epochs": (1, 10**6), "patience": (0, 10**6),
           "batch_size": (2, 10**6), "learning_rate": (0, 1e15), "momentum": (0, 1), "weight_decay": (0, 1)}  # fmt: skip
 NO_EFFECT = "cuda amp workers logdir track dataset data_dir rounds tickets save_networks"  # may change as a run goes on
-FREE = NO_EFFECT + " seed source_run moments"  # what runs of one arm may differ in
+FREE = NO_EFFECT + " seed source_seed source_run moments"  # what runs of one arm may differ in
 
 
 def fail(message: str) -> None:
@@ -446,9 +446,6 @@ def start_from_ticket(network: nn.Module, path: str, control: str, seed: int) ->
 
 
 # Reporting -----------------------------------------------------------------------------------------------------------
-rcParams["text.parse_math"] = False  # `$` in names
-
-
 # Table of the paper: test accuracy in %, its standard deviation and the best ticket's sparsity, of the unpruned network
 # and of tickets of CIFAR-10, CIFAR-100, Fashion-MNIST and the target itself
 PUBLISHED = {
@@ -549,10 +546,10 @@ def report(folders: list[str], out: str) -> None:
         for label, curve in curves.items():
             left = [100 * (1 - np.mean(columns["sparsity"])) for columns in curve.values()]
             means, halves = zip(*(mean_and_half(columns["test_accuracy"]) for columns in curve.values()))
-            bars = axes.errorbar(left, means, halves, marker=".", capsize=2, label=label)
+            bars = axes.errorbar(left, means, halves, marker=".", capsize=2, label=label.replace("$", r"\$"))
             if label.startswith("dense"):  # to be compared with all sparsities
                 axes.axhline(means[0], color=bars[0].get_color(), linestyle="--")
-        axes.set(title=target, xscale="log", xlabel="weights left, %", ylabel="accuracy, %")
+        axes.set(title=target.replace("$", r"\$"), xscale="log", xlabel="weights left, %", ylabel="accuracy, %")
         axes.invert_xaxis()
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         picture = os.path.join(out, f"lottery_{target}.png".replace(" ", "_"))
@@ -665,7 +662,7 @@ if __name__ == "__main__":
     settings = {name: value for name, value in vars(args).items() if name not in ("resume", "download")}
     settings |= {"target": target, "arm": arm, "classes": classes, "built_for": built_for or args.image_size}
     settings["images"] = [len(images[split].labels) for split in SPLITS]
-    settings["moments"] = [round(value, 3) for value in torch.cat(moments).tolist()]  # other images, equally named
+    settings["moments"] = [round(value) for value in torch.cat(moments).tolist()]  # tells other images of the same name
     if source:
         settings["source_run"] = Path(next(iter(tickets.values()))).absolute().parent.name
         settings |= {f"source_{k}": source.get(k) for k in "learning_rate batch_size milestones augment".split()}

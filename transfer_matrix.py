@@ -168,6 +168,7 @@ def read_run(folder: str, tags: list[str]) -> Run:
             last = max(last, event.step)
             if event.session_log.status == SessionLog.START:  # resumed: what is written again goes
                 points = {tag: [point for point in points[tag] if point[0] < event.step] for tag in tags}
+                last = event.step - 1
             for value in event.summary.value:
                 if value.tag in points:
                     points[value.tag].append((event.step, value.simple_value))
@@ -204,9 +205,9 @@ def read_run(folder: str, tags: list[str]) -> Run:
 
 def read_runs(logdir: str, tags: list[str]) -> list[Run]:
     """All runs below `logdir`, oldest first; what is none is named on stderr."""
-    newest, runs = defaultdict(str), []
-    for path in Path(logdir).rglob("*tfevents*"):  # events.out.tfevents.SECONDS: a folder changes later, too
-        newest[path.parent] = max(newest[path.parent], path.name[:30])
+    newest, runs = defaultdict(float), []
+    for path in Path(logdir).rglob("*tfevents*"):  # not the folder's time: what is put into it later changes that
+        newest[path.parent] = max(newest[path.parent], path.stat().st_mtime)
     for folder in sorted(newest, key=lambda folder: (newest[folder], folder)):
         try:
             runs.append(read_run(str(folder), tags))

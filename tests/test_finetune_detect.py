@@ -724,7 +724,7 @@ MISTAKES = [
     ("{data} {train} --arch yolov5", "--arch yolov5: there are fasterrcnn, fastrcnn"),
     ("{data} {train} --arch fcos --backbone resnet19", "--backbone resnet19: torchvision has no such"),
     ("{data} {train} --arch fcos --backbone vit_b_16", "--backbone vit_b_16: no maps at strides 8"),
-    ("{data} {train} --arch fcos --backbone googlenet", "it scales the images in its own way"),
+    ("{data} {train} --arch fcos --backbone googlenet", "its weights want images scaled in their own way"),
     ("{data} {train} --exp-name a/b", "--exp-name a/b is not the name of a file"),
     ("{data} {train} --arch yolov3", "--weights None: no file (Darknet's yolov3.weights) nor none"),
     ("{data} {train} --arch yolov3 --weights none --image-size 100", "yolov3 takes multiples of 32"),

@@ -235,6 +235,7 @@ def test_reading_equals_tensorboard_s_own_reader(tmp_path):
     with SummaryWriter(folder, purge_step=128) as writer:  # a resumed run replaces what it purges
         for step in (128, 200):
             writer.add_scalar(tag, step / 2, step)
+    assert tm.read_run(folder, [tag]).last == 200
     again = tm.read_run(folder, [tag]).curves[tag].tolist()
     assert again == [*mine.curves[tag][:3].tolist(), [128, 64], [200, 100]] == list(map(list, scalars(folder)[tag]))
 

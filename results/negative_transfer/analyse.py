@@ -220,7 +220,8 @@ def analyse() -> None:
             rows.append([title, kind, str(runs), *(" / ".join(pair) for pair in pairs)])
     names = ["source's dead units", "source's feature rank", "own dead units", "own feature rank"]
     print_table(["terminals", "transfer", "runs", *names], rows)
-    texts = [text for row in rows[:-2] if row[1] == "between games" for text in " / ".join(row[3:5]).split(" / ")]
+    between = [row for row in rows if row[0] != "all" and row[1] == "between games"]
+    texts = [text for row in between for text in " / ".join(row[3:5]).split(" / ")]
     stars = sum("*" in text for text in texts)
     print(f"Of the {len(texts)} with sources between games {stars} have a *; chance gives {len(texts) / 20:.1f}.\n")
     print("Each cell:\n")
