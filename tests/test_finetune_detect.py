@@ -612,7 +612,7 @@ def test_evaluate_and_predict(trained, shapes, tmp_path):
     (tmp_path / "new/bad.jpg").write_bytes(b"nothing")
     (tmp_path / "proposals.json").write_text(json.dumps({"one.png": [[x - 2, y, z, w + 2] for x, y, z, w in boxes]}))
     new = ["--evaluate", folder, "--predict", "new", "--proposals", "proposals.json"]
-    assert "bad.jpg cannot be used" in script(*new, cwd=tmp_path).stdout
+    assert "'bad.jpg' cannot be used" in script(*new, cwd=tmp_path).stdout
     results = json.loads((folder / "predictions.json").read_text())
     assert {row["file_name"] for row in results} == {"one.png"}
     best = max(results, key=lambda row: row["score"])
