@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
@@ -227,14 +228,14 @@ def analyse() -> None:
     print("Each cell:\n")
     print_table(["terminals", "from", "to", "mode", "seeds", "R", "late difference"], cells)
 
-    figure = Figure((9, 3.8), layout="constrained")
+    figure = Figure((9, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, column, label in zip(panels, (1, 2), ("dead units of the source", "feature rank of the source")):
         x, y = (np.array([point[i] for point in points]) for i in (column, 3))
-        for arm, (title, *_) in ARMS.items():
+        for i, (arm, (title, *_)) in enumerate(ARMS.items()):
             chosen = np.array([point[0] == arm for point in points])
             if chosen.any():
-                panel.scatter(x[chosen], y[chosen], s=14, alpha=0.7, label=title)
+                panel.scatter(x[chosen], y[chosen], s=14, color=colormaps["tab20"](i), label=title)
         panel.set(xlabel=label)
         panel.axhline(0, color="black", linewidth=0.5)
     panels[0].set_ylabel("late return, transfer minus scratch")
