@@ -519,7 +519,7 @@ def read_runs(folders: list[str]) -> dict[str, dict[str, tuple[list[dict], dict[
 
 def report(folders: list[str], out: str) -> None:
     """Print a table per target and draw its picture, lottery_TARGET.png."""
-    os.makedirs(out or ".", exist_ok=True)
+    os.makedirs(out, exist_ok=True)
     for target, arms in sorted(read_runs(folders).items()):
         arms = dict(sorted(arms.items(), key=lambda item: (item[0][:5] != "dense", item[0][:3] != "own", item[0])))
         curves = {}
