@@ -249,6 +249,7 @@ def test_a_run_logs_learns_evaluates_and_saves(script, source):
     assert returns[-1] > 4, returns  # of 5; chance is 1.67, epsilon 0.05 costs 0.17
     values = {tag: points[-1][1] for tag, points in logged.items()}
     assert abs(values["eval/max_q"] - values["eval/discounted_return"]) < 1.5
+    assert abs(values["losses/q_values"] - values["eval/max_q"]) < 1
     if "eval/v_minus_max_q" in values:  # in a game where every state has the same value
         assert abs(values["losses/v_values"] - values["losses/q_values"]) < 1
         assert abs(values["eval/v_minus_max_q"]) < 1 and values["losses/v_loss"] > 0
@@ -262,8 +263,8 @@ def memory_of(done):
 
 
 @pytest.mark.parametrize("game, flags, each", [
-    ("Toy", (), 1), ("ToyTruncated", (), 0), ("Toy", ("--no-terminal",), 0),
-    ("ToyLives", (), 2), ("ToyLives", ("--no-life-loss-terminal",), 1),
+    ("ToyTruncated", (), 0), ("ToyLives", ("--no-terminal",), 0), ("ToyLives", (), 2),
+    ("ToyLives", ("--no-life-loss-terminal",), 1),
 ])  # fmt: skip
 def test_terminals_lost_lives_and_clipped_rewards_are_stored_but_truncations_are_not(tmp_path, game, flags, each):
     flags = ["--env-id", f"toy_env:{game}-v0", "--total-timesteps", 260, "--eval-episodes", 2, *flags]
@@ -273,7 +274,8 @@ def test_terminals_lost_lives_and_clipped_rewards_are_stored_but_truncations_are
     assert len(dones) == done.variables["global_step"] and set(lengths) == {7.0 if game == "ToyTruncated" else 5.0}
     lost = 4 if each == 2 else 0  # lives of the episodes that go on, at most one a game
     assert 0 <= dones.sum() - each * len(lengths) <= lost and len(lengths) > 30
-    assert set(actions.tolist()) == {0, 1, 2} and set(rewards.tolist()) == {0, 1} and ages.max() == 3
+    assert set(actions.tolist()) == {0, 1, 2} and ages.max() == 3
+    assert set(rewards.tolist()) == ({0, 1} if game == "ToyTruncated" else {-1, 1})
 
 
 def test_same_seed_same_scalars_with_and_without_evaluation(source, tmp_path):
@@ -288,13 +290,43 @@ def test_same_seed_same_scalars_with_and_without_evaluation(source, tmp_path):
     assert all(torch.equal(again["q_network"][k], v) for k, v in checkpoint["q_network"].items())
 
 
-def test_the_papers_sequential_agent_with_another_seed(script, source, tmp_path):
-    flags = ["--num-envs", 1, "--total-timesteps", 300, "--eval-episodes", 1, "--seed", 2]
-    run(f"{script}.py", *TOY_FLAGS, *flags, cwd=tmp_path)
-    checkpoint = torch.load(only_run(tmp_path / "runs") / f"{script}.pt")
+def test_the_papers_sequential_agent_with_another_seed_and_flags_of_its_own(script, module, source, tmp_path):
+    flags = ["--num-envs", 1, "--total-timesteps", 300, "--eval-episodes", 3, "--seed", 2, "--gamma", 0.5,
+             "--exploration-fraction", 0.5, "--batch-size", 7, "--buffer-size", 90, "--adam-eps", 1e-3,
+             *(["--no-double"] if script == "ddqn_atari" else ["--v-learning-rate", 2e-3])]  # fmt: skip
+    variables = run(f"{script}.py", *TOY_FLAGS, *flags, cwd=tmp_path).variables
+    folder = only_run(tmp_path / "runs")
+    checkpoint, used = torch.load(folder / f"{script}.pt"), {}
     assert checkpoint["global_step"] == 300 and checkpoint["updates"] == 12
     theirs = source(script)[1]["q_network"]["network.0.weight"]
     assert not torch.allclose(checkpoint["q_network"]["network.0.weight"], theirs, atol=0.02)
+    start = 1 if script == "ddqn_atari" else 0.5  # the last action is the 100th of learning, epsilon falls over 150
+    assert scalars(folder)["charts/epsilon"][-1][1] == pytest.approx(start + (0.1 - start) * 99 / 150)
+
+    def learn(batch, gamma, *networks, **others):
+        used.update(others, batch_size=len(batch[1]), gamma=gamma, networks=networks)
+        return torch.zeros(len(module.LOSSES))
+
+    variables["update"].__globals__["learn"] = learn
+    variables["update"]()
+    networks = [variables[name] for name in (*learners(checkpoint), "target_network")]
+    assert used["networks"] == tuple(networks) and (used["batch_size"], used["gamma"]) == (7, 0.5)
+    assert 60 < variables["rb"].count <= 90 and variables["eval_envs"].num_envs == 3 and not used.get("double")
+    for name, network, rate in zip(("optimizer", "v_optimizer"), networks[:-1], (1e-3, 2e-3)):
+        (group,) = used[name].param_groups
+        assert (group["lr"], group["eps"], group["params"]) == (rate, 1e-3, list(network.parameters()))
+    _, measured = variables["look"](variables["rb"].obs)
+    if "v_network" in checkpoint:
+        v = variables["v_network"](variables["rb"].obs).squeeze(1)
+        assert torch.equal(measured["v_minus_max_q"], v - variables["q_network"](variables["rb"].obs).amax(1))
+
+
+def test_another_seed_plays_other_games_with_other_actions(tmp_path):
+    flags = [*TOY, "--total-timesteps", 40, "--learning-starts", 40, "--seed"]
+    first, second = (run("ddqn_atari.py", *flags, seed, cwd=tmp_path) for seed in (1, 2))
+    assert not torch.equal(memory_of(first)[1], memory_of(second)[1])
+    assert not torch.equal(first.variables["rb"].frames, second.variables["rb"].frames)
+    assert first.variables["seed_for"](1, 40) != second.variables["seed_for"](1, 40) != second.variables["seed_for"](1)
 
 
 def test_progress_is_told_every_ten_seconds_and_no_eta_before_learning(tmp_path, monkeypatch):
@@ -361,15 +393,17 @@ def test_resuming_continues_networks_and_moments_and_leaves_a_finished_run_alone
                         (f"--total-timesteps {steps} --train-frequency 1", "goes on with 8")):  # fmt: skip
         assert says in refused(f"{script}.py", "--resume", folder, *TOY[:2], *flags.split(), cwd=tmp_path)
     again = torch.load(folder / path.name)
-    flags = ["--resume", folder, *TOY[:2], "--total-timesteps", checkpoint["global_step"] + 1]
+    flags = ["--resume", folder, *TOY[:2], "--total-timesteps", steps, "--learning-rate", 5e-4]
     done = run(f"{script}.py", *flags, cwd=tmp_path)  # one more step of the game
+    assert done.variables["optimizers"]["optimizer"].param_groups[0]["lr"] == 5e-4
     more = torch.load(folder / path.name)
     assert more["updates"] - checkpoint["updates"] <= 1 and "refilling" not in done.stdout
     for name in [name for name in checkpoint if name.endswith("network")]:
         for tensor, old, new in zip(*(c[name].values() for c in (checkpoint, again, more))):
             assert torch.equal(tensor, old) and (tensor - new).abs().max() < 2e-2
-    moments = [c["optimizer"]["state"][0]["exp_avg_sq"] for c in (checkpoint, again, more)]
-    assert torch.equal(*moments[:2]) and moments[0].max() > 0 and torch.allclose(moments[0], moments[2], rtol=1, atol=1)
+            assert name != "target_network" or torch.equal(tensor, new)  # it is not copied at this step
+    before, after = (c["optimizer"]["state"][0]["exp_avg_sq"] for c in (checkpoint, more))
+    assert before.max() > 0 and (after >= 0.99 * before).all()
     assert scalars(folder)["eval/episodic_return"][:3] == scalars(path.parent)["eval/episodic_return"]
 
 
@@ -433,7 +467,9 @@ def test_evaluate_prints_what_was_measured(source, tmp_path):
     flags = [*TOY[:2], "--eval-episodes", 20, "--capture-video"]
     first, second = (run("dqv_max_atari.py", "--evaluate", p, *flags, cwd=tmp_path).stdout for p in (path, tmp_path))
     assert first.splitlines()[-1] == second.splitlines()[-1] and "n = 20" in first and "toy_env:Toy-v0" in first
-    assert 4 < float(first.split("episodic_return ")[1].split(",")[0]) <= 5
+    by_chance = run("dqv_max_atari.py", "--evaluate", path, *flags, "--eval-epsilon", 1, cwd=tmp_path).stdout
+    returns = [float(out.split("episodic_return ")[1].split(",")[0]) for out in (first, by_chance)]
+    assert 4 < returns[0] <= 5 and 1 < returns[1] < 2.5
     with Image.open(tmp_path / "dqv_max_atari.gif") as gif:
         assert 1 < gif.n_frames <= 5 and gif.size == (252, 252)  # pillow merges equal frames
     assert not (tmp_path / "runs").exists()
@@ -452,7 +488,7 @@ def test_the_committed_networks_play(weights, games, least, tmp_path):
 
 
 class Corridor(gym.vector.VectorEnv):
-    """Two games of three states that a checker board tells apart; the second game is a step shorter."""
+    """Two games of three states that bars tell apart; the second game is a step shorter. State 2 costs a life."""
 
     single_action_space, num_envs, metadata = gym.spaces.Discrete(2), 2, {"autoreset_mode": AutoresetMode.NEXT_STEP}
 
@@ -464,18 +500,22 @@ class Corridor(gym.vector.VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         self.states, self.ends = np.zeros(2, int), np.array([3, 2])
-        return self.look(), {}
+        return self.look(), {"lives": np.array([2, 2])}
 
     def step(self, actions):
         self.states += 1
         over = self.states >= self.ends
-        return self.look(), np.array([5.0, 1.0]), over, np.zeros(2, bool), {}
+        return self.look(), np.array([5.0, -2.0]), over, np.zeros(2, bool), {"lives": 2 - (self.states >= 2)}
 
 
-def test_evaluation_s_numbers():
+@pytest.mark.parametrize("flags, followed", [
+    ({}, (1.5 + 1 + 1 - 1.5 - 1) / 5), ({"terminal": False}, (1.75 + 1.5 + 1 - 1.5 - 1) / 5),
+    ({"life_loss_terminal": False}, (1.75 + 1.5 + 1 - 1.5 - 1) / 5),
+])  # fmt: skip
+def test_evaluation_s_numbers(flags, followed):
     """Returns raw, returns-to-go clipped and discounted, and the three diagnostics, on what two games visited."""
     torch.manual_seed(0)
-    network, args = shared.QNetwork(2), shared.Args(gamma=0.5, eval_epsilon=0.0)
+    network, args = shared.QNetwork(2), shared.Args(gamma=0.5, eval_epsilon=0.0, **flags)
     with torch.no_grad():
         network.network[7].weight[:500] = 0
         network.network[7].bias[:500] = -1.0  # 500 units that never fire
@@ -488,8 +528,8 @@ def test_evaluation_s_numbers():
         return actions, {"max_q": max_q}
 
     scalars = shared.evaluate(args, envs, network, look, 1, None)
-    assert (scalars["episodic_return"], scalars["episodic_return_std"]) == (8.5, 6.5)  # 15 and 2
-    assert scalars["discounted_return"] == pytest.approx((1.75 + 1.5 + 1 + 1.5 + 1) / 5)
+    assert (scalars["episodic_return"], scalars["episodic_return_std"]) == (5.5, 9.5)  # 15 and -4
+    assert scalars["discounted_return"] == pytest.approx(followed)
     states = torch.stack([visited[0][0], visited[1][0], visited[2][0], visited[0][1], visited[1][1]])
     with torch.no_grad():
         hidden, channels = network.network[:9](states / 255.0), network.network[:6](states / 255.0)
@@ -577,6 +617,8 @@ def test_hybrid_keep_head_and_head_fraction(source, tmp_path):
     done, catch = transferred("dqv_max_atari", tmp_path / "catch", "--pretrained", path, "--head-fraction", 0.5)
     _, fresh_catch = transferred("dqv_max_atari", tmp_path / "fresh_catch", "--pretrained", path)
     assert "q_network: nothing of its head, x 0.5, added" in done.stdout
+    logged = scalars(only_run(tmp_path / "catch" / "runs"))
+    assert logged["eval/caught"] == logged["eval/episodic_return"]
     for key in learners(checkpoint):
         for name, tensor in checkpoint[key].items():
             assert torch.equal(hybrid[key][name], tensor if trunk(name) else other[key][name])
@@ -588,8 +630,9 @@ def test_hybrid_keep_head_and_head_fraction(source, tmp_path):
 
 def test_the_memory_is_filled_by_a_policy_that_was_transferred_with_its_head(source, tmp_path):
     path, _ = source("ddqn_atari")
-    flags = ["--env-id", "toy_env:Toy-v0", "--pretrained", path, "--learning-starts", 400, "--total-timesteps", 400]
-    for extra, low, high in ((["--keep-head", "--start-e", 0.05], 4.3, 5), (["--start-e", 0.05], 1, 2.3)):
+    flags = ["--env-id", "toy_env:Toy-v0", "--pretrained", path, "--learning-starts", 400, "--total-timesteps", 400,
+             "--start-e", 0.05]  # fmt: skip
+    for extra, low, high in ((["--keep-head"], 4.3, 5), (["--pretrained-head", path], 4.3, 5), (["--freeze-features"], 1, 2.3)):
         transferred("ddqn_atari", tmp_path / extra[0], *flags, *extra)
         returns = [v for _, v in scalars(only_run(tmp_path / extra[0] / "runs"))["charts/episodic_return"]]
         assert len(returns) > 60 and low < np.mean(returns) < high, extra

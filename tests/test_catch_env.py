@@ -55,7 +55,7 @@ def test_dynamics_and_pixels_follow_the_specification(env_id):
     cells = PADDLE.get(env_id, (-2, -1, 0, 1, 2))
     noisy, ink = env_id == "Catch-v2", 51 if env_id == "Catch-v2" else 255
     falling = slice(None, None, -1 if env_id == "Catch-v3" else 1)  # rows in the order in which the ball passes them
-    starts = set()
+    starts, later = set(), set()
     for episode in range(80):
         obs, info = env.reset(seed=episode)
         games = env.games
@@ -101,8 +101,23 @@ def test_dynamics_and_pixels_follow_the_specification(env_id):
                 assert env_id == "Catch-v4"
                 x, y, vx = int(games.ball_x[0]), int(games.ball_y[0]), int(games.ball_vx[0])
                 assert y == 5
+                later.add(vx)
                 grid[y, x] = ink
-    assert len(starts) > 45  # of 17 * 5
+    assert len(starts) > 45 and later == (set(range(-2, 3)) if env_id == "Catch-v4" else set())  # of 17 * 5
+
+
+def test_starts_are_uniform():
+    games, found = catch_env.CatchVectorEnv(1), []
+    games.reset(seed=0)
+    for _ in range(5_000):
+        games._new_episode(0)
+        found.append((games.paddle[0], games.ball_vx[0], games.ball_x[0]))
+    for column, values in zip(np.transpose(found), (range(2, 19), range(-2, 3), range(21))):
+        seen, counts = np.unique(column, return_counts=True)
+        share = 1 / len(values)
+        assert seen.tolist() == list(values)
+        assert np.abs(counts - 5_000 * share).max() < 5 * (5_000 * share * (1 - share)) ** 0.5
+    assert len({(vx, x) for _, vx, x in found}) == 105
 
 
 @pytest.mark.parametrize("env_id", IDS)

@@ -1,6 +1,7 @@
 """Area ratios on curves that can be integrated by hand and on the author's own; intervals, reading, plans, pictures."""
 
 import csv
+import math
 import shlex
 import struct
 import time
@@ -10,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, TOY_FLAGS, refused, run, scalars
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
+import lottery_ticket
 import transfer_matrix as tm
 
 METRIC = "eval/episodic_return"
@@ -114,6 +117,13 @@ def test_the_interval_is_fieller_s():
     assert np.isnan(tm.relative_change(new, np.array([-1.0, 2.0, 1.0]))[1])  # old may be 0
 
 
+def test_student_s_quantiles():
+    for df, t in [*zip(tm.DEGREES, tm.T95), *enumerate(lottery_ticket.T95, start=1)]:
+        scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / (math.pi * df) ** 0.5
+        x = np.linspace(-t, t, 20_001)
+        assert np.trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x) == pytest.approx(0.95, abs=1e-4), df
+
+
 def test_pairs_of_seeds_belong_together(tmp_path):
     for seed, level in enumerate([0.5, 0.6, 0.7]):  # transfer is always half as good again, whatever the level
         write(tmp_path, GAME, [0, 100], [level] * 2, seed)
@@ -204,9 +214,7 @@ def test_the_source_of_the_same_seed_counts_and_many_flags_fit_into_a_file_s_nam
     assert [cell["R"] for cell in found] == pytest.approx([0.8, 0.8])
     assert all(cell["published"] == tm.PUBLISHED["DQN", "Catch-v3", "Catch-v0"] for cell in found)
     paths = printed("plot", tmp_path, "--out", tmp_path / "pictures").splitlines()
-    assert len(set(paths)) == len(list((tmp_path / "pictures").iterdir())) == 6 and all(
-        Path(path).is_file() for path in paths
-    )
+    assert len(set(paths)) == 6 and set(map(Path, paths)) == set((tmp_path / "pictures").iterdir())
 
 
 def test_algorithms_and_modes_come_from_the_hyper_parameters(tmp_path):
@@ -284,7 +292,7 @@ def test_broken_runs_are_named_and_the_others_have_their_table(tmp_path):
 
 
 def test_scores(tmp_path):
-    for seed, final in enumerate([10.0, 20.0]):
+    for seed, final in enumerate([20.0, 10.0]):  # whose shares are not in order
         for name, curve in {"Pong": [-21, final], "Boxing": [0, 4.3], "Tennis": [0, seed]}.items():
             write(tmp_path, f"ALE/{name}-v5", [0, 100], curve, seed)
     shown = printed("scores", tmp_path)
@@ -318,11 +326,8 @@ def test_a_plan_needs_the_stage_before_leaves_out_what_is_complete_and_resumes_t
     write(tmp_path / "runs", GAME, [0, 100], [1, 1], **dqv)
     assert commands("source") == first[1:]
     write(tmp_path / "runs", OTHER, [0, 50], [1, 1], **dqv)
-    assert commands("source") == [
-        first[1],
-        f"python dqv_atari.py --resume runs/0001/dqv_atari.pt --env-id {OTHER}",
-        first[3],
-    ]
+    resumed = f"python dqv_atari.py --resume runs/0001/dqv_atari.pt --env-id {OTHER}"
+    assert commands("source") == [first[1], resumed, first[3]]
     for env_id, seed in ((GAME, 2), (OTHER, 1), (OTHER, 2)):
         write(tmp_path / "runs", env_id, [0, 100], [1, 1], seed, **dqv)
     assert commands("source") == []
@@ -338,10 +343,13 @@ def test_a_plan_needs_the_stage_before_leaves_out_what_is_complete_and_resumes_t
 def test_a_plan_tells_other_flags_apart(tmp_path):
     write(tmp_path / "runs", GAME, [0, 100], [1, 1], double=False, learning_rate=1e-3)
     write(tmp_path / "runs", GAME, [0, 100], [1, 1], algorithm="DQV", architecture="hard")
+    write(tmp_path / "runs", GAME, [0, 100], [1, 1], dueling=True)
+    write(tmp_path / "runs", GAME, [0, 100], [1, 1], algorithm="DQV-Max", terminal=False)
     for script, flags, number in [
         ("ddqn", "", 1), ("ddqn", "--no-double", 0), ("ddqn", "--no-double --exp-name other", 1),
         ("ddqn", "--no-double --learning-rate=0.001 --total-timesteps 1e2", 0),
         ("ddqn", "--no-double --learning-rate 0.002", 1), ("dqv", "", 1), ("dqv", "--architecture hard", 0),
+        ("ddqn", "--dueling", 0), ("dqv_max", "", 1), ("dqv_max", "--no-terminal", 0),
     ]:  # fmt: skip
         assert len(planned(tmp_path, "source", f"--args={flags}", script=f"{script}_atari.py", games=[GAME])) == number
     write(tmp_path / "runs", GAME, [0, 100], [1, 1], double=False, learning_rate=1e-2, seed=2)
@@ -349,9 +357,8 @@ def test_a_plan_tells_other_flags_apart(tmp_path):
     assert "runs that fit differ in learning_rate: say it in --args" in refused
     assert f"those of --targets too: {OTHER}" in planned(tmp_path, "source", "--targets", OTHER, games=[GAME])
     write(tmp_path / "runs", GAME, [100], [1], learning_rate=1)  # a single evaluation: nothing goes on with that
-    assert "has one point, or is not finite; move it away" in planned(
-        tmp_path, "source", "--args=--learning-rate 1", games=[GAME]
-    )
+    error = planned(tmp_path, "source", "--args=--learning-rate 1", games=[GAME])
+    assert "has one point, or is not finite; move it away" in error
     assert len(planned(tmp_path, "source", script="my_ddqn.py", games=[GAME])) == 1  # those logged no script
     write(tmp_path / "runs", GAME, [0, 100], [1, 1], script="my_ddqn.py", exp_name="mine", seed=3)
     for script, flags, number in [("my_ddqn.py", "", 0), ("my_ddqn.py", "--no_double", 1), ("ddqn_atari.py", "", 1)]:
@@ -408,7 +415,9 @@ def test_a_planned_study_of_the_real_script(tmp_path):
     assert {mode for _, mode, *_ in found} == {"fine-tuning", "only-head", "hybrid"}
 
 
-def test_plot(tmp_path):
+def test_plot(tmp_path, monkeypatch):
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: figures.append(self) or savefig(self, *args, **kw))
     for seed in (1, 2):
         folder = write(tmp_path / "runs", GAME, [0, 50, 100], [0.2, 0.5, 0.9 + seed / 100], seed)
         with SummaryWriter(folder) as writer:
@@ -417,14 +426,22 @@ def test_plot(tmp_path):
                     writer.add_scalar(f"eval/{name}", value, step)
             writer.add_scalar("eval/max_q", 0.7, 50)  # alone, as where the log was cut within an evaluation
         write(tmp_path / "runs", GAME, [0, 50, 100], [0.2, 0.3, 0.5], seed, OTHER)
+        write(tmp_path / "runs", GAME, [0, 100], [0.9, 0.9], seed, "catch_env:Catch-v1")
     done = run("transfer_matrix.py", "plot", "--logdir", "runs", "--out", "pictures", cwd=tmp_path)
     names = ["curves.csv", "matrix_ddqn.png", "curves_ddqn_on_catch-v0.png"]
     assert done.stdout.splitlines() == [f"pictures/{name}" for name in names]
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == set(names)
     assert all((tmp_path / "pictures" / name).stat().st_size > 5_000 for name in names[1:])
     rows = list(csv.DictReader((tmp_path / "pictures/curves.csv").open()))
-    assert len(rows) == 12 and rows[-1] == {
+    assert len(rows) == 16 and rows[-1] == {
         "algorithm": "DDQN", "mode": "scratch", "source": "", "target": "Catch-v0", "seed": "2", "step": "100",
         METRIC: "0.92", "eval/max_q": "0.9", "eval/discounted_return": "0.8", "eval/dead_units": "0.3",
     }  # fmt: skip
     assert rows[-2]["step"] == "50" and (rows[-2]["eval/max_q"], rows[-2]["eval/dead_units"]) == ("0.7", "")
+    matrix, curves = figures
+    found = {text.get_position(): text.get_text().split("\n")[0] for text in matrix.axes[0].texts}
+    areas = [tm.shown(cell, "R", interval=False) for cell in cells(tmp_path / "runs").values()]
+    assert found == dict(zip([(0, 0), (0, 1)], areas)) and areas[0] != areas[1]  # Catch-v1's row above Catch-v3's
+    scratch = {panel.get_ylabel(): panel.lines[0].get_ydata() for panel in curves.axes}
+    assert scratch[METRIC] == pytest.approx([0.2, 0.5, 0.915])  # the mean
+    assert scratch["eval/max_q - eval/discounted_return"] == pytest.approx([0.4, 0.1])

@@ -1,8 +1,8 @@
 """A game that a Q-network learns in seconds: a bar stands in one of three columns, the action that names it earns 1.
 
 Episodes last 5 steps and end by termination; those of `ToyTruncated-v0` are cut at 7 steps instead. The stacks
-of `ToyRepeated-v0` do not begin with black frames. In `ToyLives-v0` a life is lost at step 3, and rewards are 5. Actions of
-`ToyFromOne-v0` are 1, 2 and 3.
+of `ToyRepeated-v0` do not begin with black frames. In `ToyLives-v0` a life is lost at step 3, and rewards are 5 and -5.
+Actions of `ToyFromOne-v0` are 1, 2 and 3.
 """
 
 import gymnasium as gym
@@ -30,7 +30,7 @@ class ToyEnv(gym.Env):
     def step(self, action):
         reward, self.steps = float(action == self.bar), self.steps + 1
         info = {"lives": 3 - (self.steps >= 3)} if self.lives else {}
-        return self._see(), reward * (5 if self.lives else 1), self.steps == self.length, False, info
+        return self._see(), 10 * reward - 5 if self.lives else reward, self.steps == self.length, False, info
 
 
 gym.register("Toy-v0", ToyEnv)
