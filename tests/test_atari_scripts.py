@@ -632,7 +632,11 @@ def test_the_memory_is_filled_by_a_policy_that_was_transferred_with_its_head(sou
     path, _ = source("ddqn_atari")
     flags = ["--env-id", "toy_env:Toy-v0", "--pretrained", path, "--learning-starts", 400, "--total-timesteps", 400,
              "--start-e", 0.05]  # fmt: skip
-    for extra, low, high in ((["--keep-head"], 4.3, 5), (["--pretrained-head", path], 4.3, 5), (["--freeze-features"], 1, 2.3)):
+    for extra, low, high in (
+        (["--keep-head"], 4.3, 5),
+        (["--pretrained-head", path], 4.3, 5),
+        (["--freeze-features"], 1, 2.3),
+    ):
         transferred("ddqn_atari", tmp_path / extra[0], *flags, *extra)
         returns = [v for _, v in scalars(only_run(tmp_path / extra[0] / "runs"))["charts/episodic_return"]]
         assert len(returns) > 60 and low < np.mean(returns) < high, extra

@@ -189,9 +189,8 @@ def test_bad_input_gets_one_line(flags, says, folder, weights, tmp_path):
 
 
 ARCHS = {  # size of the features
-    "resnet18": 512, "vgg11": 512, "alexnet": 4096, "squeezenet1_1": 512, "densenet121": 1024, "googlenet": 1024,
-    "mobilenet_v3_small": 1024, "efficientnet_b0": 1280, "regnet_y_400mf": 440, "convnext_tiny": 768, "swin_t": 768,
-    "vit_b_16": 768,
+    "vgg11": 512, "alexnet": 4096, "squeezenet1_1": 512, "densenet121": 1024, "googlenet": 1024,
+    "mobilenet_v3_small": 1024, "convnext_tiny": 768, "swin_t": 768, "vit_b_16": 768,
 }  # fmt: skip
 
 
@@ -251,12 +250,15 @@ def test_inception_scales_its_input_as_its_weights_want(tmp_path):
         assert torch.equal(model(images)["a"], again(images)["a"])
 
 
-def test_preprocessing_is_that_of_the_weights(folder):
-    preset, model = models.ResNet18_Weights.IMAGENET1K_V1.transforms(), build("resnet18")
-    image, _, error = fc.Pictures(str(folder), ["disc/00.png"], model.preprocessing)[0]
-    assert image.dtype == torch.uint8 and image.shape == (3, 224, 224) and not error
-    ours, theirs = (image.float() - model.mean) / model.std, preset(Image.open(folder / "disc/00.png").convert("RGB"))
-    assert (ours - theirs).abs().max() < 0.05  # one grey level is 0.02
+def test_preprocessing_is_that_of_the_weights(tmp_path):
+    wide = picture("disc", np.random.default_rng(0), side=270).crop((0, 70, 270, 190))
+    wide.save(tmp_path / "wide.png")
+    for arch in ("resnet18", "efficientnet_b0"):  # bilinear, bicubic
+        preset, model = models.get_model_weights(arch).IMAGENET1K_V1.transforms(), build(arch)
+        image, _, error = fc.Pictures(str(tmp_path), ["wide.png"], model.preprocessing)[0]
+        assert image.dtype == torch.uint8 and image.shape == (3, 224, 224) and not error
+        ours = (image.float() - model.mean) / model.std
+        assert (ours - preset(wide)).abs().max() < 0.05  # one grey level is 0.02
     small = build("resnet18", image_size=112).preprocessing
     assert (small["size"], small["resize"]) == (112, 128)
     assert fc.make_trunk("resnet50", "IMAGENET1K_V2", None, random=True)[2]["resize"] == 232  # from scratch as well
@@ -351,10 +353,17 @@ def test_the_papers_optimizers():
     sgd = fc.make_optimizer(fc.Args(weight_decay=0.5), model)
     found = [(group["weight_decay"], {p.ndim > 1 for p in group["params"]}) for group in sgd.param_groups]
     assert found == [(0.5, {True}), (0.0, {False})]
-    assert (sgd.defaults["lr"], sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (1e-3, 0.9, True)
+    assert isinstance(sgd, torch.optim.SGD) and (
+        sgd.defaults["lr"],
+        sgd.defaults["momentum"],
+        sgd.defaults["nesterov"],
+    ) == (1e-3, 0.9, True)
     assert not fc.make_optimizer(fc.Args(momentum=0), model).defaults["nesterov"]
     rms = fc.make_optimizer(fc.Args(strategy="off-the-shelf"), model)
+    assert isinstance(rms, torch.optim.RMSprop)
     assert (rms.defaults["lr"], rms.defaults["alpha"], rms.defaults["eps"]) == (1e-3, 0.9, 1e-8)
+    adam = fc.make_optimizer(fc.Args(strategy="off-the-shelf", optimizer="adam", learning_rate=3e-4), model)
+    assert isinstance(adam, torch.optim.Adam) and adam.defaults["lr"] == 3e-4
 
 
 def test_links_do_not_put_an_image_into_two_splits(folder, tmp_path):
@@ -384,7 +393,10 @@ def test_unreadable_images_are_named_counted_and_left_out(more, folder, tmp_path
         assert says in done.stderr.splitlines()[0] and "left out" not in done.stdout
     monkeypatch.setattr(time, "time", lambda: 7.0)
     (tmp_path / "again/data__finetune_classify__1__7").mkdir(parents=True)
-    out = run(SCRIPT, *SMALL, *flags.split(), "--logdir", "again", cwd=tmp_path).stdout.encode().decode()
+    done = run(SCRIPT, *SMALL, *flags.split(), "--logdir", "again", cwd=tmp_path)
+    out = done.stdout.encode().decode()
+    used = sum(len(done.variables["members"](split)) for split in fc.SPLITS)
+    assert used == (120 if "--cache-gb" in more else 117)  # without a cache each batch leaves them out
     assert out.count("disc/03.png' cannot be read") == 1 == out.count("square/04.png' cannot be read, FileNotFound")
     assert "3 images could not be read and were left out; saved again/data__finetune_classify__1__7-2" in out
 
@@ -438,13 +450,21 @@ def test_a_run_leaves_what_it_should(trained, strategy, weights):
 
 def test_early_stopping_and_the_best_weights(folder, weights, tmp_path):
     flags = f"--data-dir {folder} --weights {weights} --strategy off-the-shelf --learning-rate 3 --patience 2"
-    tested = run(SCRIPT, *SMALL, *flags.split(), cwd=tmp_path).variables["model"].heads[0].weight
+    variables = run(SCRIPT, *SMALL, *flags.split(), cwd=tmp_path).variables
+    tested = variables["model"].heads[0].weight
     path = only_run(tmp_path / "runs")
     losses = [value for _, value in scalars(path)["val/loss"]]
     assert len(losses) == int(np.argmin(losses)) + 3 < 100
     checkpoint = torch.load(path / "finetune_classify.pt")
     assert checkpoint["best"] == pytest.approx(min(losses), rel=1e-6)
     assert [tested.equal(checkpoint[name]["heads.0.weight"]) for name in ("model", "last")] == [True, False]
+
+    def loss(state, split):  # on the features of a split
+        chosen = variables["members"](split)
+        logits = nn.functional.linear(variables["cache"][chosen], state["heads.0.weight"], state["heads.0.bias"])
+        return nn.functional.cross_entropy(logits, variables["targets"]["class"][chosen]).item()
+
+    assert loss(checkpoint["model"], "val") == pytest.approx(min(losses), rel=1e-4)
     torch.save(checkpoint, tmp_path / "copied.pt")  # without its split.csv all images would be tested
     assert "split.csv is not there" in refused(SCRIPT, "--evaluate", tmp_path / "copied.pt", cwd=tmp_path)
     # ended: not tested again, and a checkpoint's flags name no folder to write to
@@ -457,13 +477,25 @@ def test_early_stopping_and_the_best_weights(folder, weights, tmp_path):
         error = refused(SCRIPT, "--resume", path, flag, value, cwd=tmp_path)
         assert f"{flag} {value}: the run has None (None: the default)" in error
     # another learning rate is at work: none, so nothing moves
-    run(SCRIPT, "--resume", path, *"--patience 3 --learning-rate 0 --weight-decay 0.5".split(), cwd=tmp_path)
+    flags = "--patience 3 --learning-rate 0 --weight-decay 0.5".split()
+    order = run(SCRIPT, "--resume", path, *flags, cwd=tmp_path).variables["order"]
+    assert sorted(order.tolist()) == sorted(variables["order"].tolist()) and not order.equal(variables["order"])
     after = torch.load(path / "finetune_classify.pt")
+    assert loss(after["last"], "train") == pytest.approx(scalars(path)["train/loss"][-1][1], rel=1e-4)
     assert [group["weight_decay"] for group in after["optimizer"]["param_groups"]] == [0.5, 0.0]
     assert after["epoch"] == len(losses) + 1 == len(scalars(path)["val/loss"])
     assert torch.equal(after["last"]["heads.0.weight"], checkpoint["last"]["heads.0.weight"])
     assert {entry.name for entry in tmp_path.iterdir()} == {"runs", "copied.pt"}
     assert only_run(tmp_path / "runs") == path
+
+
+def test_another_seed_draws_another_head_and_another_order(trained, folder, weights, tmp_path):
+    split = f"{trained['off-the-shelf'][0]}/split.csv"
+    flags = f"--data-dir {folder} --weights {weights} --split-file {split} --learning-rate 0 --epochs 1"
+    flags = [*SMALL, *flags.split(), "--strategy", "off-the-shelf", "--seed"]
+    one, two = (run(SCRIPT, *flags, seed, cwd=tmp_path).variables for seed in (1, 2))
+    assert not one["model"].heads[0].weight.equal(two["model"].heads[0].weight)
+    assert not one["order"].equal(two["order"]) and one["members"]("train").equal(two["members"]("train"))
 
 
 def test_neither_workers_nor_a_signal_nor_broken_images_change_the_result(folder, tmp_path):
@@ -566,18 +598,8 @@ def test_a_chain_to_several_tasks(trained, folder, tmp_path):
     # no link of a chain has the first head of a link before it
     flags, heads = f"--data-dir {folder} --strategy off-the-shelf --learning-rate 0 --epochs 1".split(), []
     for name in "abc":
-        run(
-            SCRIPT,
-            *SMALL,
-            *flags,
-            "--pretrained",
-            path,
-            "--split-file",
-            path / "split.csv",
-            "--logdir",
-            name,
-            cwd=tmp_path,
-        )
+        more = ["--pretrained", path, "--split-file", path / "split.csv", "--logdir", name]
+        run(SCRIPT, *SMALL, *flags, *more, cwd=tmp_path)
         path = only_run(tmp_path / name)
         heads.append(torch.load(path / "finetune_classify.pt")["model"]["heads.0.weight"])
     assert not any(torch.equal(heads[i], heads[k]) for i, k in ((0, 1), (0, 2), (1, 2)))

@@ -96,13 +96,13 @@ def whole_filters(masks):
 
 
 @pytest.mark.parametrize("kind", ["global", "channel"])
-@pytest.mark.parametrize("levels", [None, 4], ids=["", "with ties and zeros"])
-def test_31_rounds_keep_exact_counts_and_nest(kind, levels):
+def test_31_rounds_keep_exact_counts_and_nest(kind):
+    """Also where there are ties and zeros."""
     masks, per_unit = DENSE, {n: int(np.prod(shape[1:])) if kind == "channel" else 1 for n, shape in SHAPES.items()}
     expected = {name: int(np.prod(shape)) // per_unit[name] for name, shape in SHAPES.items()}
     everything = sum(expected.values())
     for r in range(1, 32):
-        new = lt.prune(random_weights(r, levels), masks, kind, 0.2)
+        new = lt.prune(random_weights(r, levels=4), masks, kind, 0.2)
         assert all((new[name] <= masks[name]).all() for name in SHAPES), "not nested"
         kept = {name: int(mask.sum()) for name, mask in new.items()}
         if kind == "global":
@@ -155,6 +155,7 @@ def test_networks(arch, size, parameters):
     network = lt.make_network(arch, 10, size, lt.random_stream(0)).eval()
     assert sum(p.numel() for p in network.parameters()) == parameters
     assert network(torch.zeros(2, 3, size, size)).shape == (2, 10) and network.fc.out_features == 10
+    assert "resnet" not in arch or isinstance(network.maxpool, nn.Identity) == (size <= 64)
     names = lt.prunable(network)
     others = {name: p for name, p in network.named_parameters() if name not in names}
     assert all(name.endswith("weight") and weight.ndim > 1 for name, weight in names.items())
@@ -237,6 +238,10 @@ def test_folders_that_are_split_already_and_odd_images(folder, tmp_path, capsys)
     expected = F.interpolate(torch.from_numpy(ramp)[None, None].float(), (18, 18), mode="bilinear", antialias=True)[0]
     assert (found[0] == 255).all(), "transparent is white"
     assert (found[1] - expected.flip(2)).abs().max() <= 3, "turned upright"
+    wide = Image.new("L", (72, 18))
+    wide.paste(255, (26, 0, 46, 18))
+    wide.save(tmp_path / "wide.png")
+    assert (lt.open_image(str(tmp_path / "wide.png"), 18) == 255).all(), "the middle, not squeezed"
     shutil.rmtree(tmp_path / "test")
     os.rename(tmp_path / "val", tmp_path / "valid")
     os.rename(tmp_path / "train", tmp_path / "Training")
@@ -277,6 +282,7 @@ def test_augmentation_on_the_device(augment, margin):
     assert torch.allclose(moments[1].double(), numbers.std(dim=(0, 1, 2), correction=0), atol=1e-4)
     split, seen = lt.Images(pixels, torch.arange(20) % 2, moments, 16, 16, augment), []
     assert split.span == (0 if augment == "none" and not margin else 4)
+    assert not torch.equal(split.plan_epoch(3, 0)[0], split.plan_epoch(4, 0)[0]), "another seed, the same order"
     for epoch in range(2):
         order, corners, mirrored = plan = split.plan_epoch(3, epoch)
         assert sorted(order.tolist()) == list(range(20))
@@ -435,15 +441,23 @@ def test_a_round_by_hand(source, folder):
 
 
 def test_early_stopping_waits_for_the_rewind_point(folder, tmp_path):
-    flags = ["--patience", 1, "--epochs", 30, "--rewind", "5ep", "--rounds", 2, "--learning-rate", 3]
-    train(folder, *SMALL, *flags, cwd=tmp_path)
-    rows, logged = rows_of(only_run(tmp_path / "runs")), scalars(only_run(tmp_path / "runs"))
+    """And the test is of the best weights."""
+    flags = ["--patience", 1, "--epochs", 30, "--rewind", "5ep", "--rounds", 2, "--learning-rate", 3, "--seed", 2]
+    initial = train(folder, *SMALL, *flags, cwd=tmp_path).variables["initial"]
+    streams = (lt.random_stream(2, purpose) for purpose in ("source", "head"))
+    network = lt.make_network("conv", 3, 16, *streams)
+    assert same(initial, network.state_dict())
+    run_dir, (_, parts, _) = only_run(tmp_path / "runs"), data_of(folder, seed=2)
+    rows, logged = rows_of(run_dir), scalars(run_dir)
+    test = lt.Images(*parts["test"], lt.pixel_statistics(parts["train"][0]), 16, 16, "none")
     for r, row in enumerate(rows):
         losses = [value for epoch, value in logged[f"round_0{r}/val_loss"] if epoch > 5]
         last = 5 + len(losses)
         assert int(row["epochs"]) == last < 30
         assert int(row["best_epoch"]) == 5 + np.argmin(losses) + 1 < last
         assert float(row["val_loss"]) == pytest.approx(min(losses))
+        network.load_state_dict(load(run_dir / f"round_0{r}.pt")["trained"])
+        assert float(row["test_accuracy"]) == lt.evaluate(network, test)[1].item()
 
 
 def test_small_networks_have_a_short_schedule_and_the_eta_is_that_of_the_run(folder, tmp_path, monkeypatch):
@@ -452,6 +466,8 @@ def test_small_networks_have_a_short_schedule_and_the_eta_is_that_of_the_run(fol
     monkeypatch.setattr(time, "perf_counter", lambda: 10.0 * len(steps))  # an update takes ten seconds
     out = train(folder, *SMALL[:-2], "--rounds", 3, "--prune-fraction", 0.5, cwd=tmp_path).stdout
     settings = json.loads((only_run(tmp_path / "runs") / "hyperparameters.json").read_text())
+    row = rows_of(only_run(tmp_path / "runs"))[1]
+    assert int(row["remaining"]) == int(row["prunable"]) // 2
     assert settings["epochs"] == 6 and settings["milestones"] == [3, 4, 5] and settings["rewind"] == "2ep"
     # 35 updates of the first round and 24 of each of the others
     assert "round 0 epoch 1/6 17%" in out and "ETA of the run 0:13:50 at most" in out
