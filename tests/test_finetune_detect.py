@@ -690,7 +690,8 @@ def test_one_file_is_split_and_a_chain_gets_another_head(shapes, tmp_path):
     assert torch.load(source / "finetune_detect.pt")["epoch"] == 2  # the second is not better
     again = script("--evaluate", source, cwd=tmp_path).stdout
     assert f"on 2 test images: AP {scalars(source)['test/AP'][0][1]:.4f}" in again
-    for name, more in (("same", []), ("other", ["--single-class", "--seed", 2, "--split-file", source / "split.csv"])):
+    seed = ["--seed", 2, "--split-file", source / "split.csv"]
+    for name, more in (("same", []), ("seed", seed), ("other", [*seed, "--single-class"])):
         out = script(*one, "--pretrained", source, "--logdir", name, *more, cwd=tmp_path).stdout
     assert "1 classes: object" in out
     shutil.copytree(shapes / "images", tmp_path / "moved")
@@ -703,9 +704,11 @@ def test_one_file_is_split_and_a_chain_gets_another_head(shapes, tmp_path):
     error = refused("finetune_detect.py", *one, "--pretrained", source, "--seed", 2, cwd=tmp_path)
     assert re.search(r"has seen \d of the test images in training: give --split-file .*split.csv", error)
     assert (other / "split.csv").read_text() == (source / "split.csv").read_text()
-    first, chained = (torch.load(folder / "finetune_detect.pt")["last"] for folder in (source, same))
+    folders = source, same, only_run(tmp_path / "seed")
+    first, chained, reseeded = (torch.load(folder / "finetune_detect.pt")["last"] for folder in folders)
     heads = [name for name in first if fd.HEAD.search(name) and name.endswith("weight")]
     assert heads and not any(torch.equal(first[name], chained[name]) for name in heads)
+    assert not any(torch.equal(reseeded[name], chained[name]) for name in heads)
     assert all(torch.equal(first[name], chained[name]) for name in first if "body" in name)
 
 
