@@ -249,7 +249,7 @@ def test_a_run_logs_learns_evaluates_and_saves(script, source):
     assert returns[-1] > 4, returns  # of 5; chance is 1.67, epsilon 0.05 costs 0.17
     values = {tag: points[-1][1] for tag, points in logged.items()}
     assert abs(values["eval/max_q"] - values["eval/discounted_return"]) < 1.5
-    assert abs(values["losses/q_values"] - values["eval/max_q"]) < 1
+    assert abs(values["losses/q_values"] - values["eval/max_q"]) < 1.5
     if "eval/v_minus_max_q" in values:  # in a game where every state has the same value
         assert abs(values["losses/v_values"] - values["losses/q_values"]) < 1
         assert abs(values["eval/v_minus_max_q"]) < 1 and values["losses/v_loss"] > 0
@@ -325,7 +325,7 @@ def test_another_seed_plays_other_games_with_other_actions(tmp_path):
     flags = [*TOY, "--total-timesteps", 40, "--learning-starts", 40, "--seed"]
     first, second = (run("ddqn_atari.py", *flags, seed, cwd=tmp_path) for seed in (1, 2))
     assert not torch.equal(memory_of(first)[1], memory_of(second)[1])
-    assert not torch.equal(first.variables["rb"].frames, second.variables["rb"].frames)
+    assert not torch.equal(first.variables["rb"].obs, second.variables["rb"].obs)
     assert first.variables["seed_for"](1, 40) != second.variables["seed_for"](1, 40) != second.variables["seed_for"](1)
 
 

@@ -353,11 +353,8 @@ def test_the_papers_optimizers():
     sgd = fc.make_optimizer(fc.Args(weight_decay=0.5), model)
     found = [(group["weight_decay"], {p.ndim > 1 for p in group["params"]}) for group in sgd.param_groups]
     assert found == [(0.5, {True}), (0.0, {False})]
-    assert isinstance(sgd, torch.optim.SGD) and (
-        sgd.defaults["lr"],
-        sgd.defaults["momentum"],
-        sgd.defaults["nesterov"],
-    ) == (1e-3, 0.9, True)
+    assert isinstance(sgd, torch.optim.SGD)
+    assert (sgd.defaults["lr"], sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (1e-3, 0.9, True)
     assert not fc.make_optimizer(fc.Args(momentum=0), model).defaults["nesterov"]
     rms = fc.make_optimizer(fc.Args(strategy="off-the-shelf"), model)
     assert isinstance(rms, torch.optim.RMSprop)

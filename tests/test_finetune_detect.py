@@ -375,13 +375,13 @@ def test_families_train_in_bfloat16_in_the_backbone_only_and_detect(arch):
                {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}]  # fmt: skip
     for target, image in zip(targets, images):
         target["proposals"] = torch.tensor([[8.0, 8.0, 42.0, 42.0], [0, 0, image.shape[2], image.shape[1]]])
-    inside, outside, inputs_std, sums = [], set(), [], []
+    inside, outside, spreads, sums = [], set(), [], []
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) and not name.startswith("backbone."):
             module.register_forward_hook(lambda module, inputs, output: outside.add(output.dtype))
     convolution = next(module for module in model.backbone.modules() if isinstance(module, torch.nn.Conv2d))
     convolution.register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
-    convolution.register_forward_hook(lambda module, inputs, output: inputs_std.append(inputs[0].float().std().item()))
+    convolution.register_forward_hook(lambda module, inputs, output: spreads.append(inputs[0].float().std()))
     assert fd.freeze(model, [], args) == []
     assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} <= {0.1}  # all are new
     for amp in (False, True):  # as on CUDA, but here on the CPU
@@ -393,7 +393,7 @@ def test_families_train_in_bfloat16_in_the_backbone_only_and_detect(arch):
         sums.append(sum(losses.values()))
         sums[-1].backward()
         assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert min(inputs_std) > 0.8, "not normalised as for ImageNet"  # of the images it is 0.3
+    assert min(spreads) > 0.8, "not normalised as for ImageNet"  # of the images it is 0.3
     assert arch != "retinanet" or model.anchor_generator.sizes[::4] == ((32, 40, 51), (512, 645, 813))
     assert inside == [torch.float32, torch.bfloat16] and outside == {torch.float32}
     assert sums[1].item() == pytest.approx(sums[0].item(), rel=0.3)
@@ -539,9 +539,8 @@ def test_a_run_learns_and_leaves_what_it_should(trained, shapes):
     assert rates == pytest.approx([0.01 * i / 8 for i in range(1, 9)] + [0.01] * 16 + [0.001] * 8)  # warm-up, one drop
     train, val, test = ([f"{split}_{i:02d}.png" for i in range(n)] for split, n in zip(fd.SPLITS, (32, 8, 8)))
     epochs = [read[48 * i : 48 * i + 48] for i in range(4)]  # validation images are read once more to be drawn
-    assert (
-        all(sorted(names[:32]) == train and names[32:] == val + val for names in epochs) and read[192:] == test + test
-    )
+    assert all(sorted(names[:32]) == train and names[32:] == val + val for names in epochs)
+    assert read[192:] == test + test
     assert len({tuple(names) for names in [train + val + val, *epochs]}) == 5, "not shuffled"
     logged = scalars(folder, TIMES)
     losses = [value for _, value in logged["train/loss"]]
@@ -713,7 +712,7 @@ def test_one_file_is_split_and_a_chain_gets_another_head(shapes, tmp_path):
 
 
 def test_a_checkpoint_writes_nothing_outside_of_its_folder(trained, shapes, tmp_path):
-    """Names in a file that somebody else made: the run's name and folder are those of the file. Its best stay best."""
+    """Names in a file that somebody else made: the run's name and folder are those of the file, as the best weights."""
     checkpoint = torch.load(trained[0] / "finetune_detect.pt")
     checkpoint["best"] = 2.0
     checkpoint["model"] = best = {name: value + 1 for name, value in checkpoint["model"].items()}

@@ -97,7 +97,7 @@ def whole_filters(masks):
 
 @pytest.mark.parametrize("kind", ["global", "channel"])
 def test_31_rounds_keep_exact_counts_and_nest(kind):
-    """Also where there are ties and zeros."""
+    """Where there are ties and zeros."""
     masks, per_unit = DENSE, {n: int(np.prod(shape[1:])) if kind == "channel" else 1 for n, shape in SHAPES.items()}
     expected = {name: int(np.prod(shape)) // per_unit[name] for name, shape in SHAPES.items()}
     everything = sum(expected.values())
@@ -457,7 +457,7 @@ def test_early_stopping_waits_for_the_rewind_point(folder, tmp_path):
         assert int(row["best_epoch"]) == 5 + np.argmin(losses) + 1 < last
         assert float(row["val_loss"]) == pytest.approx(min(losses))
         network.load_state_dict(load(run_dir / f"round_0{r}.pt")["trained"])
-        assert float(row["test_accuracy"]) == lt.evaluate(network, test)[1].item()
+        assert float(row["test_accuracy"]) == lt.evaluate(network, test)[1].item()  # with this seed the last has less
 
 
 def test_small_networks_have_a_short_schedule_and_the_eta_is_that_of_the_run(folder, tmp_path, monkeypatch):

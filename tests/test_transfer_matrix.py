@@ -121,7 +121,8 @@ def test_student_s_quantiles():
     for df, t in [*zip(tm.DEGREES, tm.T95), *enumerate(lottery_ticket.T95, start=1)]:
         scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / (math.pi * df) ** 0.5
         x = np.linspace(-t, t, 20_001)
-        assert np.trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x) == pytest.approx(0.95, abs=1e-4), df
+        density = scale * (1 + x**2 / df) ** (-(df + 1) / 2)
+        assert density.sum() * t / 10_000 == pytest.approx(0.95, abs=1e-4), df
 
 
 def test_pairs_of_seeds_belong_together(tmp_path):
